@@ -1,0 +1,127 @@
+#include "array_view.hpp"
+
+namespace fusedstep {
+namespace {
+
+// NumPy's type numbers, fixed by its ABI.
+constexpr int numpy_float32 = 11;
+constexpr int numpy_float64 = 12;
+
+struct Descriptors {
+    PyObject* float32 = py::dtype::of<float>().release().ptr();
+    PyObject* float64 = py::dtype::of<double>().release().ptr();
+};
+
+// Looked up once and never released: they are alive as long as NumPy is.
+const Descriptors& descriptors() {
+    static const Descriptors found;
+    return found;
+}
+
+bool read_dtype(PyObject* descriptor, DType& dtype) {
+    if (descriptor == descriptors().float32) {
+        dtype = DType::float32;
+        return true;
+    }
+    if (descriptor == descriptors().float64) {
+        dtype = DType::float64;
+        return true;
+    }
+    const auto* proxy = py::detail::array_descriptor1_proxy(descriptor);
+    const int number = proxy->type_num;
+    dtype = number == numpy_float32 ? DType::float32 : DType::float64;
+    const bool native = py::reinterpret_borrow<py::object>(descriptor).attr("isnative").cast<bool>();
+    return native && (number == numpy_float32 || number == numpy_float64);
+}
+
+std::string type_name(py::handle object) {
+    const py::handle type(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
+    const std::string module = py::str(type.attr("__module__"));
+    const std::string name = py::str(type.attr("__qualname__"));
+    return module == "builtins" ? name : module + "." + name;
+}
+
+// What to do about an object that is not a NumPy array.
+[[noreturn]] void refuse(py::handle object, const ArrayName& name) {
+    const std::string what = name.text();
+    const std::string type = type_name(object);
+    const std::string expected = what + ": expected a numpy.ndarray, got " + type;
+    if (PyList_Check(object.ptr()) || PyTuple_Check(object.ptr())) {
+        throw py::type_error(what + ": a " + type + " inside a list; pass one flat list of arrays");
+    }
+    if (type.rfind("jax", 0) == 0) {
+        throw py::type_error(what + ": a jax.Array is immutable, so it cannot be updated in place; keep it in a "
+                                    "NumPy array (numpy.array(x) copies it)");
+    }
+    if (py::hasattr(object, "__cuda_array_interface__")) {
+        throw py::type_error(what + ": " + type + " is a GPU array, but this build of fusedstep has no CUDA backend; "
+                                    "copy it to the host (cupy.asnumpy(x), x.cpu().numpy())");
+    }
+    if (py::isinstance(object, py::module_::import("numpy").attr("generic"))) {
+        throw py::type_error(expected + ", a scalar; pass numpy.asarray(" + what + ")");
+    }
+    if (type.rfind("torch", 0) == 0) {
+        throw py::type_error(expected + "; pass tensor.detach().numpy(), which shares its memory");
+    }
+    if (py::hasattr(object, "__dlpack__")) {
+        throw py::type_error(expected + "; numpy.from_dlpack(x) shares its memory");
+    }
+    if (PyDict_Check(object.ptr())) {
+        throw py::type_error(expected + "; pass the dict's values as a list");
+    }
+    throw py::type_error(expected);
+}
+
+}  // namespace
+
+std::string ArrayName::text() const {
+    std::string text = role;
+    if (suffix != nullptr) text += *suffix;
+    if (index >= 0) text += "[" + std::to_string(index) + "]";
+    return text;
+}
+
+int64_t ArrayView::size() const {
+    int64_t size = 1;
+    for (int d = 0; d < dimensions; ++d) size *= shape[d];
+    return size;
+}
+
+std::string ArrayView::dtype_text() const {
+    const py::handle dtype = object.attr("dtype");
+    const std::string name = py::str(dtype.attr("name"));
+    return dtype.attr("isnative").cast<bool>() ? name : "byte-swapped " + name;
+}
+
+std::string ArrayView::shape_text() const { return py::str(object.attr("shape")); }
+
+bool ArrayView::same_shape(const ArrayView& other) const {
+    if (dimensions != other.dimensions) return false;
+    for (int d = 0; d < dimensions; ++d) {
+        if (shape[d] != other.shape[d]) return false;
+    }
+    return true;
+}
+
+ArrayView view_array(py::handle object, const ArrayName& name) {
+    const auto& numpy = py::detail::npy_api::get();
+    if (Py_TYPE(object.ptr()) != numpy.PyArray_Type_) {
+        if (!PyObject_TypeCheck(object.ptr(), numpy.PyArray_Type_)) refuse(object, name);
+        // A subclass shares its memory as an array does, memmap for one; only a mask changes what it means.
+        if (py::isinstance(object, py::module_::import("numpy.ma").attr("MaskedArray"))) {
+            throw py::type_error(name.text() + ": a masked array, whose mask a step would not respect; pass its .data");
+        }
+    }
+    const auto* array = py::detail::array_proxy(object.ptr());
+    ArrayView view;
+    view.data = array->data;
+    view.shape = array->dimensions;
+    view.strides = array->strides;
+    view.dimensions = array->nd;
+    view.flags = array->flags;
+    view.known_dtype = read_dtype(array->descr, view.dtype);
+    view.object = object;
+    return view;
+}
+
+}  // namespace fusedstep

@@ -1,0 +1,85 @@
+// The extension fusedstep._core: the boundary and the CPU kernels.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "array_view.hpp"
+#include "functions.hpp"
+#include "optimizer.hpp"
+#include "../cpu/dispatch.hpp"
+#include "../cpu/run.hpp"
+#include "../cpu/thread_count.hpp"
+#include "../cpu/thread_pool.hpp"
+
+namespace cpu = fusedstep::cpu;
+namespace py = pybind11;
+
+// For threadpoolctl, which looks these up in the loaded library.
+extern "C" {
+__attribute__((visibility("default"))) int fusedstep_get_num_threads() { return cpu::num_threads(); }
+__attribute__((visibility("default"))) void fusedstep_set_num_threads(int count) {
+    if (count >= 1) cpu::set_num_threads(count);
+}
+__attribute__((visibility("default"))) const char* fusedstep_get_version() { return FUSEDSTEP_VERSION; }
+}
+
+namespace {
+
+py::tuple names(bool supported_only) {
+    py::list names;
+    for (const cpu::Isa& isa : cpu::built_isas()) {
+        if (isa.supported || !supported_only) names.append(isa.name);
+    }
+    return py::tuple(names);
+}
+
+void set_num_threads(py::handle count) {
+    int overflow = 0;
+    const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(count.ptr()));
+    if (!index) {
+        PyErr_Clear();
+        throw py::type_error(std::string("num_threads: expected an integer, got ") + Py_TYPE(count.ptr())->tp_name);
+    }
+    const long value = PyLong_AsLongAndOverflow(index.ptr(), &overflow);
+    if (overflow != 0 || value < 1 || value > cpu::most_threads) {
+        throw py::value_error("num_threads: expected an integer from 1 to " + std::to_string(cpu::most_threads) +
+                              ", got " + std::string(py::str(index)));
+    }
+    cpu::set_num_threads(static_cast<int>(value));
+}
+
+void fill_zero(py::handle array) {
+    const py::buffer_info buffer = py::reinterpret_borrow<py::buffer>(array).request(true);
+    const py::gil_scoped_release release;
+    cpu::fill_zero(buffer.ptr, static_cast<size_t>(buffer.size * buffer.itemsize));
+}
+
+py::dict config() {
+    py::dict config;
+    config["version"] = FUSEDSTEP_VERSION;
+    config["compiler"] = FUSEDSTEP_COMPILER;
+    config["built_isas"] = names(false);
+    config["supported_isas"] = names(true);
+    config["isa"] = cpu::chosen_isa().name;
+    config["isa_reason"] = cpu::chosen_isa_reason();
+    config["num_threads"] = cpu::num_threads();
+    config["num_threads_reason"] = cpu::num_threads_reason();
+    config["backends"] = py::dict(py::arg("cpu") = "available", py::arg("cuda") = "not built");
+    return config;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
+    module.doc() = "The boundary and the CPU kernels of fusedstep.";
+    module.attr("__version__") = FUSEDSTEP_VERSION;
+    fusedstep::bind_functions(module);
+    fusedstep::bind_optimizer(module);
+    module.def("config", &config);
+    module.def("available_isas", [] { return names(true); });
+    module.def("get_isa", [] { return cpu::chosen_isa().name; });
+    module.def("set_isa", &cpu::choose_isa);
+    module.def("get_num_threads", &cpu::num_threads);
+    module.def("set_num_threads", &set_num_threads);
+    module.def("cgroup_cpu_limit", &cpu::cgroup_cpu_limit);
+    module.def("fill_zero", &fill_zero);
+}

@@ -1,0 +1,457 @@
+#include "optimizer.hpp"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <mutex>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "step_call.hpp"
+
+namespace fusedstep {
+namespace {
+
+// How a group's arrays were given, and so how its gradients come.
+enum class Structure { array, list, dict };
+
+struct Keys {
+    py::str lr{"lr"}, momentum{"momentum"}, dampening{"dampening"}, nesterov{"nesterov"}, betas{"betas"}, eps{"eps"},
+        weight_decay{"weight_decay"}, maximize{"maximize"}, bias_correction{"bias_correction"}, amsgrad{"amsgrad"};
+};
+
+const Keys& keys() {
+    static const Keys* const made = new Keys;  // never destroyed: Python may be gone by then
+    return *made;
+}
+
+class GroupReader {
+public:
+    GroupReader(py::handle group, const HyperSource& source) : group_(group), source_(source) {
+        if (!PyDict_Check(group.ptr())) throw py::type_error(source.prefix + "expected a dict");
+    }
+
+    double number(const py::str& key, const char* name) const { return read_number(item(key, name), name, source_); }
+    bool flag(const py::str& key, const char* name) const { return read_flag(item(key, name), name, source_); }
+    void betas(AdamHyper& hyper) const {
+        read_betas(item(keys().betas, "betas"), hyper.beta1, hyper.beta2, source_);
+    }
+
+private:
+    py::object item(const py::str& key, const char* name) const {
+        PyObject* value = PyDict_GetItemWithError(group_.ptr(), key.ptr());
+        if (value == nullptr) throw py::value_error(source_.prefix + name + ": missing");
+        return py::reinterpret_borrow<py::object>(value);
+    }
+
+    py::handle group_;
+    const HyperSource& source_;
+};
+
+template <class Hyper>
+struct Family;
+
+template <>
+struct Family<GdHyper> {
+    static int rule(size_t state_arrays) { return state_arrays == 0 ? rule_index<Gd> : rule_index<GdMomentum>; }
+
+    static GdHyper read(py::handle group, int rule, const HyperSource& source);
+};
+
+template <>
+struct Family<AdamHyper> {
+    static int rule(size_t state_arrays) { return state_arrays == 2 ? rule_index<Adam> : rule_index<AmsGrad>; }
+
+    static AdamHyper read(py::handle group, int rule, const HyperSource& source);
+};
+
+GdHyper Family<GdHyper>::read(py::handle group, int rule, const HyperSource& source) {
+    const GroupReader reader(group, source);
+    GdHyper hyper;
+    hyper.lr = reader.number(keys().lr, "lr");
+    hyper.momentum = reader.number(keys().momentum, "momentum");
+    hyper.dampening = reader.number(keys().dampening, "dampening");
+    hyper.weight_decay = reader.number(keys().weight_decay, "weight_decay");
+    hyper.nesterov = reader.flag(keys().nesterov, "nesterov");
+    hyper.maximize = reader.flag(keys().maximize, "maximize");
+    if (rule == rule_index<Gd> && hyper.momentum != 0) {
+        throw py::value_error(source.prefix + "momentum: the optimizer was made without momentum, so it has no "
+                                              "buffers; make a new one");
+    }
+    return hyper;
+}
+
+AdamHyper Family<AdamHyper>::read(py::handle group, int rule, const HyperSource& source) {
+    const GroupReader reader(group, source);
+    AdamHyper hyper;
+    hyper.lr = reader.number(keys().lr, "lr");
+    reader.betas(hyper);
+    hyper.eps = reader.number(keys().eps, "eps");
+    hyper.weight_decay = reader.number(keys().weight_decay, "weight_decay");
+    hyper.maximize = reader.flag(keys().maximize, "maximize");
+    hyper.bias_correction = reader.flag(keys().bias_correction, "bias_correction");
+    if (reader.flag(keys().amsgrad, "amsgrad") != (rule == rule_index<AmsGrad>)) {
+        throw py::value_error(source.prefix + "amsgrad: cannot change after the optimizer was made; make a new one");
+    }
+    return hyper;
+}
+
+struct Parameter {
+    py::object object;
+    std::vector<py::object> state;
+    py::object key;      // of the gradient, in a group given as a dict
+    std::string suffix;  // "[3]", "['w2']": how errors name it
+    int rule;
+    int64_t step;
+    size_t group;
+
+    // The array as it was when it was checked. The tensor's gradient stream is to be filled in, and is all
+    // that is missing when the gradient is contiguous in the same order as every other array.
+    Tensor tensor;
+    ArrayView view;
+    std::vector<py::ssize_t> shape;
+    bool c_contiguous = true, f_contiguous = true;
+
+    // The memory around the last gradient that no array of ours lies in.
+    const char* gap_begin = nullptr;
+    const char* gap_end = nullptr;
+};
+
+struct Group {
+    Structure structure;
+    int64_t first, count;
+    int64_t latest;  // the largest step count among its parameters
+};
+
+// An item of a list or tuple, owned: another thread may change the list.
+py::object item_of(py::handle sequence, int64_t i) {
+    if (PyTuple_Check(sequence.ptr())) {
+        return py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(sequence.ptr(), i));
+    }
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject* const item = PyList_GetItemRef(sequence.ptr(), i);
+    if (item == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(item);
+#else
+    return py::reinterpret_borrow<py::object>(PyList_GET_ITEM(sequence.ptr(), i));
+#endif
+}
+
+bool is_list(py::handle object) { return PyList_Check(object.ptr()) || PyTuple_Check(object.ptr()); }
+
+int64_t length(py::handle sequence) { return static_cast<int64_t>(PySequence_Fast_GET_SIZE(sequence.ptr())); }
+
+template <class Hyper>
+class Optimizer {
+public:
+    explicit Optimizer(bool decoupled) : decoupled_(decoupled) {}
+
+    // Adds a group of parameters; state[k][i] is state array k of parameter i. Nothing is added if any of it
+    // is refused.
+    void add_group(const std::string& structure, const py::list& params, const py::list& keys, const py::list& state,
+                   const py::list& suffixes) {
+        const std::lock_guard<Optimizer> lock(*this);
+        const size_t before = parameters_.size();
+        try {
+            for (size_t i = 0; i < params.size(); ++i) add_parameter(params, keys, state, suffixes, i);
+            find_owned();
+            check_overlaps(owned_);
+        } catch (...) {
+            parameters_.erase(parameters_.begin() + before, parameters_.end());
+            find_owned();
+            check_overlaps(owned_);
+            throw;
+        }
+        groups_.push_back({structure == "array"  ? Structure::array
+                           : structure == "list" ? Structure::list
+                                                 : Structure::dict,
+                           static_cast<int64_t>(before), static_cast<int64_t>(params.size()), 0});
+        find_latest();
+    }
+
+    // Checks a group's hyper-parameters as far as that goes without calling its schedules.
+    void check_group(py::handle group, int64_t number, size_t state_arrays) const {
+        HyperSource source{"param_groups[" + std::to_string(number) + "]: ", 1, false};
+        Hyper hyper = Family<Hyper>::read(group, Family<Hyper>::rule(state_arrays), source);
+        hyper.grad_scale = 1;
+        check_hyper(hyper, source);
+    }
+
+    // `nested`: the gradients come as a list with one entry for each group.
+    void step(py::handle param_groups, py::handle grads, py::handle grad_scale, bool nested) {
+        const double scale = read_number(grad_scale, "grad_scale", {});
+        if (!PyList_Check(param_groups.ptr()) ||
+            PyList_GET_SIZE(param_groups.ptr()) != static_cast<py::ssize_t>(groups_.size())) {
+            throw py::value_error("param_groups: expected a list of " + std::to_string(groups_.size()) +
+                                  " groups; use add_param_group to add one");
+        }
+        // Schedules are Python code, which may use this optimizer, so they run before it is locked.
+        std::vector<Hyper> hypers;
+        hypers.reserve(groups_.size());
+        for (size_t g = 0; g < groups_.size(); ++g) hypers.push_back(read_group(param_groups, g, scale));
+
+        const std::lock_guard<Optimizer> lock(*this);
+        call_.clear();
+        stepped_.clear();
+        if (nested) {
+            if (!is_list(grads)) {
+                throw py::type_error("grads: expected a list with one entry for each parameter group, got " +
+                                     std::string(Py_TYPE(grads.ptr())->tp_name));
+            }
+            if (length(grads) != static_cast<int64_t>(groups_.size())) {
+                throw py::value_error("grads: " + std::to_string(length(grads)) + " entries, but there are " +
+                                      std::to_string(groups_.size()) + " parameter groups");
+            }
+            for (size_t g = 0; g < groups_.size(); ++g) {
+                add_group_gradients(groups_[g], item_of(grads, g), hypers[g], "grads[" + std::to_string(g) + "]");
+            }
+        } else {
+            for (size_t g = 0; g < groups_.size(); ++g) add_group_gradients(groups_[g], grads, hypers[g], "grads");
+        }
+        call_.run();
+        for (const int64_t i : stepped_) {
+            int64_t& latest = groups_[parameters_[i].group].latest;
+            latest = std::max(latest, ++parameters_[i].step);
+        }
+        gradients_.clear();
+    }
+
+    std::vector<int64_t> steps() const {
+        std::vector<int64_t> steps;
+        for (const Parameter& parameter : parameters_) steps.push_back(parameter.step);
+        return steps;
+    }
+
+    void set_steps(const std::vector<int64_t>& steps) {
+        const std::lock_guard<Optimizer> lock(*this);
+        if (steps.size() != parameters_.size()) throw py::value_error("steps: one for each parameter expected");
+        for (size_t i = 0; i < steps.size(); ++i) parameters_[i].step = steps[i];
+        find_latest();
+    }
+
+    // One lock per optimizer. A thread that waits for it lets go of the GIL first.
+    void lock() {
+        if (mutex_.try_lock()) return;
+        const py::gil_scoped_release release;
+        mutex_.lock();
+    }
+    void unlock() { mutex_.unlock(); }
+
+private:
+    void add_parameter(const py::list& params, const py::list& keys, const py::list& state, const py::list& suffixes,
+                       size_t i) {
+        Parameter parameter;
+        parameter.object = params[i];
+        parameter.key = keys[i];
+        parameter.suffix = suffixes[i].cast<std::string>();
+        parameter.step = 0;
+        for (const py::handle arrays : state) {
+            parameter.state.push_back(py::reinterpret_borrow<py::list>(arrays)[i]);
+        }
+        parameter.group = groups_.size();
+        parameter.rule = Family<Hyper>::rule(parameter.state.size());
+        parameter.view = view_array(parameter.object, {"params", -1, &parameter.suffix});
+        // The gradient's place is taken by the parameter itself: it is the one array whose layout is known.
+        LayoutStore layouts;
+        ArrayView views[max_streams];
+        views_of(parameter, parameter.view, views);
+        parameter.tensor = bind(parameter.rule, views, {"", -1, &parameter.suffix}, layouts);
+        for (int k = 0; k < rule_streams[parameter.rule].count; ++k) {
+            parameter.c_contiguous = parameter.c_contiguous && views[k].c_contiguous();
+            parameter.f_contiguous = parameter.f_contiguous && views[k].f_contiguous();
+        }
+        parameter.shape.assign(parameter.view.shape, parameter.view.shape + parameter.view.dimensions);
+        parameters_.push_back(std::move(parameter));
+    }
+
+    // The arrays of a parameter in the order of its rule's streams.
+    static void views_of(const Parameter& parameter, const ArrayView& gradient, ArrayView* views) {
+        const char* const* roles = stream_roles(parameter.rule);
+        views[0] = view_array(parameter.object, {"params", -1, &parameter.suffix});
+        views[1] = gradient;
+        for (size_t k = 0; k < parameter.state.size(); ++k) {
+            views[2 + k] = view_array(parameter.state[k], {roles[2 + k], -1, &parameter.suffix});
+        }
+    }
+
+    void find_owned() {
+        owned_.clear();
+        for (Parameter& parameter : parameters_) {
+            const char* const* roles = stream_roles(parameter.rule);
+            ArrayView views[max_streams];
+            views_of(parameter, parameter.view, views);
+            for (int k = 0; k < rule_streams[parameter.rule].count; ++k) {
+                if (k != 1) owned_.push_back(extent_of(views[k], true, {roles[k], -1, &parameter.suffix}));
+            }
+            parameter.gap_begin = parameter.gap_end = nullptr;
+        }
+        owned_dense_ = std::all_of(owned_.begin(), owned_.end(), [](const Extent& extent) { return extent.dense; });
+    }
+
+    void find_latest() {
+        for (Group& group : groups_) group.latest = 0;
+        for (const Parameter& parameter : parameters_) {
+            int64_t& latest = groups_[parameter.group].latest;
+            latest = std::max(latest, parameter.step);
+        }
+    }
+
+    Hyper read_group(py::handle param_groups, size_t g, double scale) const {
+        const Group& group = groups_[g];
+        HyperSource source;
+        if (groups_.size() > 1) source.prefix = "param_groups[" + std::to_string(g) + "]: ";
+        source.step = group.latest + 1;
+        const int rule = group.count == 0 ? -1 : parameters_[group.first].rule;
+        Hyper hyper = Family<Hyper>::read(PyList_GET_ITEM(param_groups.ptr(), g), rule, source);
+        if constexpr (std::is_same_v<Hyper, AdamHyper>) hyper.decoupled = decoupled_;
+        hyper.grad_scale = scale;
+        check_hyper(hyper, source);
+        return hyper;
+    }
+
+    void add_group_gradients(const Group& group, py::handle grads, const Hyper& hyper, const std::string& where) {
+        call_.next_hyper();
+        gradients_.resize(parameters_.size());
+        if (group.structure == Structure::array) {
+            gradients_[group.first] = py::reinterpret_borrow<py::object>(grads);
+        } else if (group.structure == Structure::list) {
+            if (!is_list(grads)) {
+                throw py::type_error(where + ": expected a list of arrays, as the parameters are, got " +
+                                     Py_TYPE(grads.ptr())->tp_name);
+            }
+            if (length(grads) != group.count) {
+                throw py::value_error(where + ": " + std::to_string(length(grads)) + " arrays, but there are " +
+                                      std::to_string(group.count) + " parameters");
+            }
+            for (int64_t i = 0; i < group.count; ++i) gradients_[group.first + i] = item_of(grads, i);
+        } else {
+            read_dict(group, grads, where);
+        }
+        for (int64_t i = group.first; i < group.first + group.count; ++i) {
+            if (!gradients_[i].is_none()) add_gradient(i, hyper);
+        }
+    }
+
+    void read_dict(const Group& group, py::handle grads, const std::string& where) {
+        if (!PyDict_Check(grads.ptr())) {
+            throw py::type_error(where + ": expected a dict of arrays by name, as the parameters are, got " +
+                                 Py_TYPE(grads.ptr())->tp_name);
+        }
+        for (int64_t i = group.first; i < group.first + group.count; ++i) {
+            const Parameter& parameter = parameters_[i];
+            PyObject* const gradient = PyDict_GetItemWithError(grads.ptr(), parameter.key.ptr());
+            if (gradient == nullptr) {
+                throw py::value_error(where + ": no gradient for parameter " + std::string(py::repr(parameter.key)) +
+                                      "; give None to leave it as it is");
+            }
+            gradients_[i] = py::reinterpret_borrow<py::object>(gradient);
+        }
+        if (PyDict_Size(grads.ptr()) == group.count) return;
+        for (const auto& item : py::reinterpret_borrow<py::dict>(grads)) {
+            bool known = false;
+            for (int64_t i = group.first; i < group.first + group.count && !known; ++i) {
+                known = item.first.equal(parameters_[i].key);
+            }
+            if (!known) {
+                throw py::value_error(where + ": " + std::string(py::repr(item.first)) + " is not a parameter");
+            }
+        }
+    }
+
+    void add_gradient(int64_t i, const Hyper& hyper) {
+        Parameter& parameter = parameters_[i];
+        const ArrayName name{"grads", -1, &parameter.suffix};
+        const ArrayView gradient = view_array(gradients_[i], name);
+        const ArrayView p = view_array(parameter.object, {"params", -1, &parameter.suffix});
+        if (!unchanged(parameter, p)) throw_changed(parameter, p);
+        check_gradient(gradient, p, name);
+        Tensor tensor = parameter.tensor;
+        tensor.streams[1] = gradient.data;
+        if (!(parameter.c_contiguous && gradient.c_contiguous()) &&
+            !(parameter.f_contiguous && gradient.f_contiguous())) {
+            ArrayView views[max_streams];
+            views_of(parameter, gradient, views);
+            tensor = bind(parameter.rule, views, {"", -1, &parameter.suffix}, call_.layouts);
+        }
+        check_gradient_memory(parameter, gradient, name);
+        tensor.scalars = call_.scalars_of(hyper, parameter.step + 1, p.dtype);
+        call_.add(parameter.rule, p.dtype, tensor);
+        stepped_.push_back(i);
+    }
+
+    // A gradient may share memory with another gradient, but not with what a step writes.
+    void check_gradient_memory(Parameter& parameter, const ArrayView& gradient, const ArrayName& name) {
+        const Extent extent = extent_of(gradient, false, name);
+        if (extent.begin >= parameter.gap_begin && extent.end <= parameter.gap_end) return;
+        const auto after = std::partition_point(owned_.begin(), owned_.end(),
+                                                [&](const Extent& owned) { return owned.begin < extent.end; });
+        // Arrays with gaps may interleave, so every one that begins before the gradient's end is a candidate;
+        // without them, only the last one is.
+        const char* before_end = nullptr;
+        for (auto owned = after; owned != owned_.begin();) {
+            --owned;
+            if (share_memory(*owned, extent)) throw_overlap(*owned, extent);
+            before_end = std::max(before_end, owned->end);
+            if (owned_dense_) break;
+        }
+        parameter.gap_begin = before_end;
+        parameter.gap_end = after == owned_.end() ? reinterpret_cast<const char*>(UINTPTR_MAX) : after->begin;
+    }
+
+    static bool unchanged(const Parameter& parameter, const ArrayView& p) {
+        const ArrayView& then = parameter.view;
+        if (p.data != then.data || p.flags != then.flags || p.dimensions != then.dimensions || !p.known_dtype ||
+            p.dtype != then.dtype) {
+            return false;
+        }
+        return std::equal(parameter.shape.begin(), parameter.shape.end(), p.shape);
+    }
+
+    [[noreturn]] static void throw_changed(const Parameter& parameter, const ArrayView& p) {
+        const std::string name = ArrayName{"params", -1, &parameter.suffix}.text();
+        if (!p.writeable()) throw py::value_error(name + ": the array is read-only, but a step writes to it");
+        throw py::value_error(name + ": the memory, shape or layout of the array changed after the optimizer was "
+                                     "made; make a new optimizer and load this one's state_dict()");
+    }
+
+    const bool decoupled_;
+    std::mutex mutex_;
+    std::vector<Parameter> parameters_;
+    std::vector<Group> groups_;
+    std::vector<Extent> owned_;  // all that a step may write, by address
+    bool owned_dense_ = true;
+
+    // Of the step in progress; kept for their memory.
+    StepCall call_;
+    std::vector<py::object> gradients_;
+    std::vector<int64_t> stepped_;
+};
+
+template <class Hyper>
+void bind_family(py::module_& module, const char* name) {
+    using Native = Optimizer<Hyper>;
+    py::class_<Native>(module, name)
+        .def(py::init<bool>(), py::arg("decoupled") = false)
+        .def("add_group", &Native::add_group)
+        .def("check_group", &Native::check_group)
+        .def("step", &Native::step)
+        .def_property("steps", &Native::steps, &Native::set_steps);
+}
+
+}  // namespace
+
+void bind_optimizer(py::module_& module) {
+    // Before there is any state for it.
+    module.def("check_parameter", [](py::handle param, const std::string& suffix) {
+        const ArrayName name{"params", -1, &suffix};
+        const ArrayView view = view_array(param, name);
+        const ArrayView views[] = {view, view};
+        LayoutStore layouts;
+        bind(rule_index<Gd>, views, name, layouts);
+    });
+    bind_family<GdHyper>(module, "GdOptimizer");
+    bind_family<AdamHyper>(module, "AdamOptimizer");
+}
+
+}  // namespace fusedstep

@@ -1,0 +1,120 @@
+// One call's work while it is being checked, and then its run: tensors sorted into a job per rule and type,
+// each with the scalars of its step.
+#pragma once
+
+#include <deque>
+#include <vector>
+
+#include "../core/job.hpp"
+#include "../cpu/dispatch.hpp"
+#include "../cpu/float_environment.hpp"
+#include "../cpu/run.hpp"
+#include "../cpu/thread_pool.hpp"
+#include "boundary.hpp"
+#include "hyper_reader.hpp"
+
+namespace fusedstep {
+
+// Keeps its memory from call to call, so that a step allocates nothing once it has been taken before.
+class StepCall {
+public:
+    LayoutStore layouts;
+    std::vector<Extent> extents;
+
+    void clear() {
+        layouts.clear();
+        extents.clear();
+        scalars_used_ = 0;
+        known_[0] = known_[1] = {};
+        for (auto& row : work_) {
+            for (Work& work : row) {
+                work.tensors.clear();
+                work.ends.clear();
+            }
+        }
+    }
+
+    // New hyper-parameters: scalars are not shared with those before.
+    void next_hyper() { known_[0] = known_[1] = {}; }
+
+    template <class Hyper>
+    const void* scalars_of(const Hyper& hyper, int64_t step, DType dtype) {
+        Known& known = known_[static_cast<int>(dtype)];
+        if (known.step != step) {
+            known.scalars = dtype == DType::float32 ? new_scalars<float>(hyper, step) : new_scalars<double>(hyper, step);
+            known.step = step;
+        }
+        return known.scalars;
+    }
+
+    void add(int rule, DType dtype, const Tensor& tensor) {
+        Work& work = work_[rule][static_cast<int>(dtype)];
+        work.ends.push_back((work.ends.empty() ? 0 : work.ends.back()) + tensor.size);
+        work.tensors.push_back(tensor);
+    }
+
+    bool is_long() const {
+        int64_t elements = 0;
+        for (const auto& row : work_) {
+            for (const Work& work : row) elements += work.ends.empty() ? 0 : work.ends.back();
+        }
+        return cpu::is_long(elements);
+    }
+
+    // The settings it needs are read first: if the environment names nonsense, nothing has been written.
+    void run() const {
+        cpu::chosen_isa();
+        cpu::num_threads();
+        if (is_long()) {
+            const py::gil_scoped_release release;
+            run_jobs();
+        } else {
+            run_jobs();
+        }
+    }
+
+private:
+    struct Work {
+        std::vector<Tensor> tensors;
+        std::vector<int64_t> ends;
+    };
+
+    struct Known {
+        int64_t step = 0;
+        const void* scalars = nullptr;
+    };
+
+    union AnyScalars {
+        GdScalars<float> gd32;
+        GdScalars<double> gd64;
+        AdamScalars<float> adam32;
+        AdamScalars<double> adam64;
+    };
+
+    template <class T, class Hyper>
+    const void* new_scalars(const Hyper& hyper, int64_t step) {
+        const cpu::FloatEnvironment ieee;
+        if (scalars_used_ == scalars_.size()) scalars_.emplace_back();
+        const auto computed = scalars<T>(hyper, step);
+        check_scalars(hyper, computed);
+        return new (&scalars_[scalars_used_++]) auto(computed);
+    }
+
+    void run_jobs() const {
+        for (int rule = 0; rule < Rules::count; ++rule) {
+            for (int dtype = 0; dtype < dtype_count; ++dtype) {
+                const Work& work = work_[rule][dtype];
+                if (work.tensors.empty()) continue;
+                cpu::run({rule, static_cast<DType>(dtype), work.tensors.data(), work.ends.data(),
+                          static_cast<int64_t>(work.tensors.size())});
+            }
+        }
+    }
+
+    Work work_[Rules::count][dtype_count];
+    Known known_[dtype_count];
+    std::deque<AnyScalars> scalars_;
+    size_t scalars_used_ = 0;
+};
+
+}  // namespace fusedstep

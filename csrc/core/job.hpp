@@ -1,0 +1,39 @@
+// A job: what one call has to do, already checked, in terms that every backend understands.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "../rules/table.hpp"
+#include "dtype.hpp"
+
+namespace fusedstep {
+
+// How to walk a parameter whose arrays do not share one dense layout. Strides are in bytes, the last
+// dimension varies fastest.
+struct StridedLayout {
+    std::vector<int64_t> shape;
+    std::array<std::vector<int64_t>, max_streams> strides;
+};
+
+struct Tensor {
+    std::array<void*, max_streams> streams;
+    int64_t size;
+    const void* scalars;                    // Rule::Scalars<element type>
+    const StridedLayout* layout = nullptr;  // null: dense, element i is streams[k][i]
+};
+
+// Tensors of one rule and type. `ends[i]` is the number of elements in tensors 0 to i, so that the work
+// can be cut over the concatenated elements.
+struct Job {
+    int rule;
+    DType dtype;
+    const Tensor* tensors;
+    const int64_t* ends;
+    int64_t count;
+
+    int64_t elements() const { return count == 0 ? 0 : ends[count - 1]; }
+};
+
+}  // namespace fusedstep

@@ -1,0 +1,18 @@
+// Runs a job on the CPU: cuts it over the threads and calls the chosen instruction set's step loop.
+#pragma once
+
+#include <cstddef>
+
+#include "../core/job.hpp"
+
+namespace fusedstep::cpu {
+
+void run(const Job& job);
+
+// Whether a job of this size is worth leaving the calling thread for, and so the GIL.
+bool is_long(int64_t elements);
+
+// Zeros memory, its pages first touched by the threads that will update them.
+void fill_zero(void* memory, size_t bytes);
+
+}  // namespace fusedstep::cpu

@@ -1,0 +1,65 @@
+// A persistent pool. The caller is participant 0 and works too; work is handed out in chunks, so a worker
+// that wakes late costs nothing and a processor that is busy elsewhere takes less. Participant i starts
+// with the chunks that were its own the last time, whose memory is near it, and then helps the others.
+//
+// No thread starts before the first parallel step. A forked child starts its own pool. Two threads of the
+// program that step at once do not wait for each other: the second runs its chunks itself.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+namespace fusedstep::cpu {
+
+class ThreadPool {
+public:
+    static ThreadPool& instance();
+
+    // Calls body(chunk) once for each chunk in [0, chunks), on at most `threads` threads.
+    template <class Body>
+    void run(int threads, int64_t chunks, const Body& body) {
+        run_chunks(threads, chunks, &body,
+                   [](const void* body, int64_t chunk) { (*static_cast<const Body*>(body))(chunk); });
+    }
+
+private:
+    // The chunks of one participant; others take from `next` too once they have done their own.
+    struct alignas(64) Share {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
+
+    using ChunkFunction = void (*)(const void* body, int64_t chunk);
+
+    void run_chunks(int threads, int64_t chunks, const void* body, ChunkFunction function);
+    void start_workers(int wanted);
+    void work(int participant);
+    void worker_main(int participant);
+    uint64_t wait_for_job(uint64_t seen, bool spin);
+
+    std::mutex busy_;  // held by the caller of the job in progress
+    int workers_ = 0;
+
+    std::unique_ptr<Share[]> shares_;
+    int share_capacity_ = 0;
+    int threads_ = 0;
+    const void* body_ = nullptr;
+    ChunkFunction function_ = nullptr;
+
+    // epoch << 32 | open << 31 | workers inside. A worker enters by adding one while the job is open; the
+    // caller closes the job and waits for those inside, so a job never outlives its caller's frame.
+    alignas(64) std::atomic<uint64_t> state_{0};
+    alignas(64) std::atomic<int> parked_{0};
+    std::mutex parking_;
+    std::condition_variable unpark_;
+};
+
+// The number of threads that a step uses at most; see thread_count.hpp for its default.
+int num_threads();
+const char* num_threads_reason();
+void set_num_threads(int count);
+
+}  // namespace fusedstep::cpu

@@ -1,0 +1,66 @@
+// Adam (Kingma & Ba 2015, algorithm 1), AdamW (Loshchilov & Hutter 2019, algorithm 2) and AMSGrad (Reddi
+// et al. 2018; as PyTorch has it, the maximum is taken of the uncorrected second moment).
+// gd.hpp says what a rule is.
+#pragma once
+
+#include "gd.hpp"
+
+namespace fusedstep {
+
+template <class T>
+struct AdamScalars {
+    T grad_scale;           // negative when maximising
+    T weight_decay;         // L2, added to the gradient; 0 is off
+    T param_decay;          // decoupled: 1 - lr * weight_decay; 1 is off
+    T one_minus_beta1;
+    T beta2;
+    T one_minus_beta2;
+    T inv_sqrt_correction;  // 1 / sqrt(1 - beta2^t)
+    T eps;
+    T neg_step_size;        // -lr / (1 - beta1^t)
+};
+
+template <class V, class Scalars>
+FUSEDSTEP_INLINE void update_moments(V& p, const V& g, V& m, V& v, const Scalars& s) {
+    const V scaled = scaled_gradient(p, g, s);
+    p = V(s.param_decay) * p;
+    m = fma(V(s.one_minus_beta1), scaled - m, m);
+    v = fma(V(s.one_minus_beta2) * scaled, scaled, V(s.beta2) * v);
+}
+
+template <class V, class Scalars>
+FUSEDSTEP_INLINE V descend(const V& p, const V& m, const V& v, const Scalars& s) {
+    const V denominator = fma(sqrt(v), V(s.inv_sqrt_correction), V(s.eps));
+    return fma(V(s.neg_step_size), m / denominator, p);
+}
+
+struct Adam {
+    template <class T>
+    using Scalars = AdamScalars<T>;
+    static constexpr int streams = 4;
+    static constexpr unsigned written = 0b1101;
+
+    template <class V>
+    FUSEDSTEP_INLINE static void apply(V (&values)[streams], const Scalars<typename V::Element>& s) {
+        auto& [p, g, m, v] = values;
+        update_moments(p, g, m, v, s);
+        p = descend(p, m, v, s);
+    }
+};
+
+struct AmsGrad {
+    template <class T>
+    using Scalars = AdamScalars<T>;
+    static constexpr int streams = 5;
+    static constexpr unsigned written = 0b11101;
+
+    template <class V>
+    FUSEDSTEP_INLINE static void apply(V (&values)[streams], const Scalars<typename V::Element>& s) {
+        auto& [p, g, m, v, v_max] = values;
+        update_moments(p, g, m, v, s);
+        v_max = max(v_max, v);
+        p = descend(p, m, v_max, s);
+    }
+};
+
+}  // namespace fusedstep

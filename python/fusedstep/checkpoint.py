@@ -1,0 +1,105 @@
+"""Optimizer state on disk: one safetensors file, complete, checked, and only data."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FORMAT = "fusedstep-optimizer-1"
+
+
+def save_state(optimizer: str, state_dict: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a `state_dict` to a file, which takes its name only once it is complete on disk."""
+    save = _safetensors().numpy.save_file
+    tensors = {}
+    steps = {}
+    for index, entry in state_dict["state"].items():
+        steps[str(index)] = entry["step"]
+        for key, value in entry.items():
+            if key != "step":
+                tensors[f"{index}.{key}"] = np.ascontiguousarray(value).reshape(np.shape(value))
+    description = json.dumps(
+        {"optimizer": optimizer, "steps": steps, "param_groups": state_dict["param_groups"]},
+        default=lambda value: value.item(),
+    )
+    metadata = {
+        "format": FORMAT,
+        "description": description,
+        "sha256": _digest(description, tensors),
+    }
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        os.close(handle)
+        save(tensors, temporary, metadata)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def load_state(optimizer: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `save_state` wrote, or raise ValueError."""
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path}: not a file that an optimizer of fusedstep saved")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: truncated or altered ({error})") from error
+    description = metadata.get("description", "")
+    if metadata.get("sha256") != _digest(description, tensors):
+        raise ValueError(f"{path}: altered since it was saved (its checksum does not fit)")
+    saved = json.loads(description)
+    if saved["optimizer"] != optimizer:
+        raise ValueError(
+            f"{path}: the state of an optimizer {saved['optimizer']}, but this one is {optimizer}"
+        )
+    state: dict[int, dict[str, Any]] = {
+        int(index): {"step": step} for index, step in saved["steps"].items()
+    }
+    for name, tensor in tensors.items():
+        index, key = name.split(".")
+        state[int(index)][key] = tensor
+    for group in saved["param_groups"]:
+        if "betas" in group:
+            group["betas"] = tuple(group["betas"])
+    return {"state": state, "param_groups": saved["param_groups"]}
+
+
+def _digest(description: str, tensors: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256(description.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype.str} {tensor.shape}".encode())
+        digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            "saving and loading need safetensors: pip install 'fusedstep[checkpoint]'"
+        ) from error
+    return safetensors

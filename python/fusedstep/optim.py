@@ -1,0 +1,601 @@
+"""Optimizers: they own the state and the step counts, and make one native call for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _core
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+    Params = Array | Sequence[Array] | Mapping[str, Array] | Sequence[Mapping[str, Any]]
+    Grads = Array | Sequence[Any] | Mapping[str, Array | None]
+    Schedule = float | Callable[[int], float]
+
+
+class Optimizer:
+    """What every optimizer shares: parameter groups, state, steps and their saving.
+
+    A subclass says which hyper-parameters it has (`_defaults`), which state arrays a group with
+    given hyper-parameters needs (`_state_keys`) and which native optimizer runs it
+    (`_make_native`).
+
+    Attributes
+    ----------
+    param_groups : list of dict
+        The hyper-parameters of each group, to be read and changed between steps, with the arrays
+        themselves under ``"params"``.
+    """
+
+    param_groups: list[dict[str, Any]]
+
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        self.defaults = defaults
+        self._start_empty()
+        if _are_groups(params):
+            self._grads_by_group = True
+            for group in params:
+                self._add_group(group)
+        else:
+            self._add_group({"params": params})
+
+    def _start_empty(self) -> None:
+        self.param_groups = []
+        self._structures: list[str] = []
+        self._arrays: list[dict[str, Array]] = []
+        self._native = self._make_native()
+        self._grads_by_group = False
+
+    @staticmethod
+    def _state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
+        raise TypeError("Optimizer is a base class; use GD, Adam or AdamW")
+
+    @staticmethod
+    def _make_native() -> Any:
+        raise TypeError("Optimizer is a base class; use GD, Adam or AdamW")
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Add a group of parameters; gradients then come as a list with one entry for each group.
+
+        Parameters
+        ----------
+        group : dict
+            ``{"params": array, list or dict of arrays, ...}`` and the hyper-parameters in which it
+            differs from the optimizer's own.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for the constructor; nothing was added.
+        """
+        before = self._grads_by_group
+        self._grads_by_group = True
+        try:
+            self._add_group(group)
+        except Exception:
+            self._grads_by_group = before
+            raise
+
+    def _add_group(self, group: Mapping[str, Any]) -> None:
+        number = len(self.param_groups)
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise TypeError(f"param_groups[{number}]: expected a dict with 'params'")
+        unknown = group.keys() - self.defaults.keys() - {"params", "param_names"}
+        if unknown:
+            raise TypeError(
+                f"param_groups[{number}]: unknown hyper-parameter {min(unknown)!r}; "
+                f"{type(self).__name__} has {', '.join(self.defaults)}"
+            )
+        structure, names, params = _structure(group["params"])
+        added = {**self.defaults, **group, "params": params}
+        if structure == "dict":
+            added["param_names"] = names
+        keys = self._state_keys(added)
+        self._native.check_group(added, number, len(keys))
+        suffixes = _suffixes(structure, names, f"[{number}]" if self._grads_by_group else "")
+        for param, suffix in zip(params, suffixes, strict=True):
+            _core.check_parameter(param, suffix)
+        arrays = [{key: _zeros_like(param) for key in keys} for param in params]
+        self._native.add_group(
+            structure, params, names, [[own[key] for own in arrays] for key in keys], suffixes
+        )
+        self.param_groups.append(added)
+        self._structures.append(structure)
+        self._arrays += arrays
+
+    def step(self, grads: Grads, *, grad_scale: float = 1.0) -> None:
+        """Update every parameter in place with its gradient.
+
+        Parameters
+        ----------
+        grads : numpy.ndarray, list or dict
+            Of the same structure as the parameters: an array, a list of arrays, a dict of arrays
+            by name, or, where the parameters were given as groups, a list with one of these for
+            each group. Shapes and dtypes are those of the parameters. A gradient of None leaves its
+            parameter, and that parameter's step count, as they are.
+        grad_scale : float
+            Multiplies the gradients, > 0.
+
+        Raises
+        ------
+        TypeError
+            A gradient is of the wrong kind or dtype.
+        ValueError
+            A gradient is missing, of another shape or overlaps with what the step writes; a
+            hyper-parameter is out of range. Whatever the error, nothing was changed.
+        """
+        self._native.step(self.param_groups, grads, grad_scale, self._grads_by_group)
+
+    @property
+    def state(self) -> dict[int, dict[str, Any]]:
+        """The state of each parameter by its index: its step count and its live state arrays."""
+        return {
+            i: {"step": step, **arrays}
+            for i, (step, arrays) in enumerate(zip(self._native.steps, self._arrays, strict=True))
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and hyper-parameters in PyTorch's layout.
+
+        Returns
+        -------
+        dict
+            ``{"state": {index: {"step": int, "exp_avg": array, ...}}, "param_groups": [...]}``.
+            Groups hold the indices of their parameters, and ``"param_names"`` where they have
+            names. The arrays are the live state, not copies (as in PyTorch): use `copy.deepcopy`
+            to keep a moment in time. A hyper-parameter that is a callable is given as None.
+        """
+        groups = []
+        first = 0
+        for group in self.param_groups:
+            count = len(group["params"])
+            saved = {key: None if callable(value) else value for key, value in group.items()}
+            saved["params"] = list(range(first, first + count))
+            groups.append(saved)
+            first += count
+        return {"state": self.state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over state and hyper-parameters from a `state_dict`.
+
+        Parameters are matched by name where both sides have names, else by index. The values are
+        copied into this optimizer's own arrays. Where the saved hyper-parameter was a callable,
+        this optimizer's own value stays.
+
+        Parameters
+        ----------
+        state_dict : dict
+            As `state_dict` returns it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It does not fit this optimizer. Nothing was changed.
+        """
+        groups, arrays, steps = self._checked_state(state_dict)
+        for own, saved in zip(self._arrays, arrays, strict=True):
+            for key, array in own.items():
+                array[...] = saved[key]
+        for own_group, hyper in zip(self.param_groups, groups, strict=True):
+            own_group.update(hyper)
+        self._native.steps = steps
+
+    def _checked_state(
+        self, state_dict: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]], list[int]]:
+        """Return all that loading will write: hyper-parameters, arrays and step counts."""
+        for part in ("state", "param_groups"):
+            if part not in state_dict:
+                raise ValueError(f"state_dict: no {part!r}")
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(
+                f"state_dict: {len(saved_groups)} parameter groups, "
+                f"but this optimizer has {len(self.param_groups)}"
+            )
+        groups, arrays, steps = [], [], []
+        for number, (own, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            where = f"state_dict: param_groups[{number}]"
+            groups.append(self._checked_hyper(own, saved, number, where))
+            indices = _matched_indices(own, saved, where)
+            for param, index in zip(own["params"], indices, strict=True):
+                entry = state_dict["state"].get(index, {"step": 0})
+                checked, step = self._checked_entry(
+                    entry, param, own, f"state_dict: state[{index}]"
+                )
+                arrays.append(checked)
+                steps.append(step)
+        return groups, arrays, steps
+
+    def _checked_hyper(
+        self, own: Mapping[str, Any], saved: Mapping[str, Any], number: int, where: str
+    ) -> dict[str, Any]:
+        unknown = saved.keys() - self.defaults.keys() - {"params", "param_names"}
+        missing = self.defaults.keys() - saved.keys()
+        if unknown or missing:
+            raise ValueError(
+                f"{where}: {f'unknown {min(unknown)!r}' if unknown else f'no {min(missing)!r}'}; "
+                f"{type(self).__name__} has {', '.join(self.defaults)}"
+            )
+        hyper = {key: saved[key] for key in self.defaults if saved[key] is not None}
+        keys = self._state_keys(own)
+        if self._state_keys({**own, **hyper}) != keys:
+            raise ValueError(
+                f"{where}: needs other state arrays ({' '.join(self._state_keys(hyper)) or 'none'})"
+                f" than this optimizer has ({' '.join(keys) or 'none'}); make the optimizer with the "
+                "same momentum or amsgrad"
+            )
+        self._native.check_group({**own, **hyper}, number, len(keys))
+        return hyper
+
+    def _checked_entry(
+        self, entry: Mapping[str, Any], param: Array, group: Mapping[str, Any], where: str
+    ) -> tuple[Mapping[str, Any], int]:
+        step = entry.get("step")
+        if step is None or int(step) != step or step < 0:
+            raise ValueError(f"{where}: step: expected an integer >= 0, got {step!r}")
+        keys = self._state_keys(group)
+        extra = entry.keys() - set(keys) - {"step"}
+        if extra:
+            raise ValueError(f"{where}: {min(extra)!r} is no state of this {type(self).__name__}")
+        if step == 0 and not entry.keys() & set(keys):
+            return dict.fromkeys(keys, 0), 0
+        for key in keys:
+            if key not in entry:
+                raise ValueError(f"{where}: no {key!r}")
+            array = np.asarray(entry[key])
+            if array.shape != param.shape:
+                raise ValueError(
+                    f"{where}[{key!r}]: shape {array.shape}, but its parameter has shape "
+                    f"{param.shape}"
+                )
+            if array.dtype != param.dtype:
+                raise TypeError(
+                    f"{where}[{key!r}]: {array.dtype}, but its parameter is {param.dtype}"
+                )
+        return entry, int(step)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write state and hyper-parameters to a safetensors file, whole or not at all.
+
+        Parameters
+        ----------
+        path : path-like
+            Where to. A file that is there is replaced once the new one is complete.
+
+        Raises
+        ------
+        ImportError
+            safetensors is not installed (``pip install 'fusedstep[checkpoint]'``).
+        """
+        from .checkpoint import save_state
+
+        save_state(type(self).__name__, self.state_dict(), path)
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Take over what `save` wrote. The file is data only: nothing in it is executed.
+
+        Parameters
+        ----------
+        path : path-like
+            A file that `save` wrote.
+
+        Raises
+        ------
+        ValueError
+            The file is truncated or altered, or is not a file of `save`, or is another
+            optimizer's. Nothing was changed.
+        TypeError, ValueError
+            As `load_state_dict`.
+        """
+        from .checkpoint import load_state
+
+        self.load_state_dict(load_state(type(self).__name__, path))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "defaults": self.defaults,
+            "param_groups": self.param_groups,
+            "structures": self._structures,
+            "grads_by_group": self._grads_by_group,
+            "arrays": self._arrays,
+            "steps": self._native.steps,
+        }
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.defaults = saved["defaults"]
+        self._start_empty()
+        self._grads_by_group = saved["grads_by_group"]
+        for group, structure in zip(saved["param_groups"], saved["structures"], strict=True):
+            params = group["params"]
+            if structure == "array":
+                params = params[0]
+            elif structure == "dict":
+                params = dict(zip(group["param_names"], params, strict=True))
+            self._add_group({**group, "params": params})
+        # Into arrays of our own: a copy made by pickle is not aligned as they are.
+        for own, arrays in zip(self._arrays, saved["arrays"], strict=True):
+            for key, array in own.items():
+                array[...] = arrays[key]
+        self._native.steps = saved["steps"]
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  group {number}: {len(group['params'])} arrays, "
+            + ", ".join(f"{key}={group[key]!r}" for key in self.defaults)
+            for number, group in enumerate(self.param_groups)
+        ]
+        return "\n".join([f"{type(self).__name__}(", *lines, ")"])
+
+
+class GD(Optimizer):
+    """Gradient descent, with momentum or without. `SGD` is another name for it.
+
+    The equations are those of `fusedstep.gd_step`.
+
+    Parameters
+    ----------
+    params : numpy.ndarray, list, dict, or list of groups
+        float32 or float64 arrays to be updated in place: one array, a list, a dict of arrays by
+        name, or a list of groups ``{"params": ..., "lr": ..., ...}``.
+    lr : float or callable
+        Learning rate, >= 0. Any hyper-parameter that is a float may be a callable instead, which
+        is given the number of the step about to be taken (from 1) and returns the value.
+    momentum : float or callable
+        >= 0. Unless it is 0 each parameter gets a state array ``momentum_buffer``.
+    dampening : float or callable
+        Weakens what a gradient adds to the momentum.
+    nesterov : bool
+        Look ahead along the momentum (needs ``momentum > 0`` and ``dampening == 0``).
+    weight_decay : float or callable
+        L2 penalty, >= 0.
+    maximize : bool
+        Climb instead of descend.
+
+    Raises
+    ------
+    TypeError
+        An argument is of the wrong kind or dtype.
+    ValueError
+        Arrays overlap or are read-only, a number is out of range.
+
+    References
+    ----------
+    Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep
+    learning", ICML 2013, as in ``torch.optim.SGD``.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> theta = np.array([1.0, -2.0], dtype=np.float32)
+    >>> optimizer = fs.GD(theta, lr=0.25)
+    >>> optimizer.step(2 * theta)
+    >>> theta
+    array([ 0.5, -1. ], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Schedule = 1e-3,
+        *,
+        momentum: Schedule = 0.0,
+        dampening: Schedule = 0.0,
+        nesterov: bool = False,
+        weight_decay: Schedule = 0.0,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "nesterov": nesterov,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+            },
+        )
+
+    @staticmethod
+    def _state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
+        momentum = group["momentum"]
+        return ("momentum_buffer",) if callable(momentum) or momentum != 0 else ()
+
+    @staticmethod
+    def _make_native() -> Any:
+        return _core.GdOptimizer()
+
+
+SGD = GD
+
+
+class Adam(Optimizer):
+    """Adam, with the weight decay (if any) added to the gradient as an L2 penalty.
+
+    The equations are those of `fusedstep.adam_step`. `AdamW` has decoupled decay.
+
+    Parameters
+    ----------
+    params : numpy.ndarray, list, dict, or list of groups
+        float32 or float64 arrays to be updated in place: one array, a list, a dict of arrays by
+        name, or a list of groups ``{"params": ..., "lr": ..., ...}``. Each array gets the state
+        arrays ``exp_avg`` and ``exp_avg_sq``.
+    lr : float or callable
+        Learning rate, >= 0. Any hyper-parameter that is a float may be a callable instead, which
+        is given the number of the step about to be taken (from 1) and returns the value.
+    betas : tuple of float
+        Decay rates of the moments, each in [0, 1).
+    eps : float or callable
+        Added to the root of the second moment, >= 0.
+    weight_decay : float or callable
+        L2 penalty, >= 0.
+    amsgrad : bool
+        Divide by the running maximum of the second moment (a third state array,
+        ``max_exp_avg_sq``).
+    maximize : bool
+        Climb instead of descend.
+    bias_correction : bool
+        False uses the moments as they are, without the division by ``1 - beta**t``.
+
+    Raises
+    ------
+    TypeError
+        An argument is of the wrong kind or dtype.
+    ValueError
+        Arrays overlap or are read-only, a number is out of range.
+
+    References
+    ----------
+    Kingma, Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorithm 1. Reddi, Kale,
+    Kumar, "On the convergence of Adam and beyond", ICLR 2018, algorithm 2.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedstep as fs
+    >>> weights = {"w": np.ones((3, 2)), "b": np.zeros(2)}
+    >>> optimizer = fs.Adam(weights, lr=lambda t: 1e-3 * min(1, t / 100))
+    >>> optimizer.step({"w": np.full((3, 2), 0.5), "b": None})
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Schedule = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: Schedule = 1e-8,
+        weight_decay: Schedule = 0.0,
+        *,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        bias_correction: bool = True,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "amsgrad": amsgrad,
+                "maximize": maximize,
+                "bias_correction": bias_correction,
+            },
+        )
+
+    @staticmethod
+    def _state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
+        keys = ("exp_avg", "exp_avg_sq")
+        return (*keys, "max_exp_avg_sq") if group["amsgrad"] else keys
+
+    @staticmethod
+    def _make_native() -> Any:
+        return _core.AdamOptimizer(decoupled=False)
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay.
+
+    Parameters, errors and state are those of `Adam`; the equations are those of
+    `fusedstep.adamw_step`.
+
+    References
+    ----------
+    Loshchilov, Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Schedule = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: Schedule = 1e-8,
+        weight_decay: Schedule = 1e-2,
+        *,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        bias_correction: bool = True,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            bias_correction=bias_correction,
+        )
+
+    @staticmethod
+    def _make_native() -> Any:
+        return _core.AdamOptimizer(decoupled=True)
+
+
+def _are_groups(params: Any) -> bool:
+    return (
+        isinstance(params, list | tuple)
+        and len(params) > 0
+        and all(isinstance(group, Mapping) for group in params)
+    )
+
+
+def _structure(params: Any) -> tuple[str, list[str | None], list[Any]]:
+    """Return how a group's parameters were given, their names and the arrays."""
+    if isinstance(params, Mapping):
+        for name in params:
+            if not isinstance(name, str):
+                raise TypeError(f"params: names must be strings, got {name!r}")
+        structure, names, arrays = "dict", list(params), list(params.values())
+    elif isinstance(params, list | tuple):
+        structure, names, arrays = "list", [None] * len(params), list(params)
+    else:
+        return "array", [None], [params]
+    if not arrays:
+        raise ValueError("params: no arrays")
+    return structure, names, arrays
+
+
+def _suffixes(structure: str, names: Sequence[str | None], where: str) -> list[str]:
+    """Return what follows "params" or "grads" where an error names one of the arrays."""
+    if structure == "array":
+        return [where]
+    return [f"{where}[{i if name is None else name!r}]" for i, name in enumerate(names)]
+
+
+def _zeros_like(param: Array) -> Array:
+    """Return zeros in the parameter's layout, on whole cache lines.
+
+    The pages are first touched by the threads that will update them.
+    """
+    cache_line = 64
+    strides = np.empty_like(param, order="K", subok=False).strides
+    memory = np.empty(param.nbytes + cache_line, np.uint8)
+    _core.fill_zero(memory)
+    offset = -memory.__array_interface__["data"][0] % cache_line
+    return np.ndarray(param.shape, param.dtype, memory, offset, strides)
+
+
+def _matched_indices(own: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> list[int]:
+    """Return the saved index of each of a group's own parameters."""
+    indices = list(saved["params"])
+    if len(indices) != len(own["params"]):
+        raise ValueError(
+            f"{where}: {len(indices)} parameters, but this optimizer has {len(own['params'])}"
+        )
+    names, saved_names = own.get("param_names"), saved.get("param_names")
+    if names is None or saved_names is None:
+        return indices
+    by_name = dict(zip(saved_names, indices, strict=True))
+    for name in names:
+        if name not in by_name:
+            raise ValueError(f"{where}: no parameter named {name!r}")
+    return [by_name[name] for name in names]
