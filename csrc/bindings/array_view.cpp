@@ -50,12 +50,14 @@ std::string type_name(py::handle object) {
         throw py::type_error(what + ": a " + type + " inside a list; pass one flat list of arrays");
     }
     if (type.rfind("jax", 0) == 0) {
-        throw py::type_error(what + ": a jax.Array is immutable, so it cannot be updated in place; keep it in a "
-                                    "NumPy array (numpy.array(x) copies it)");
+        throw py::type_error(what +
+                             ": a jax.Array is immutable, so it cannot be updated in place; keep it in a "
+                             "NumPy array (numpy.array(x) copies it)");
     }
     if (py::hasattr(object, "__cuda_array_interface__")) {
-        throw py::type_error(what + ": " + type + " is a GPU array, but this build of fusedstep has no CUDA backend; "
-                                    "copy it to the host (cupy.asnumpy(x), x.cpu().numpy())");
+        throw py::type_error(what + ": " + type +
+                             " is a GPU array, but this build of fusedstep has no CUDA backend; "
+                             "copy it to the host (cupy.asnumpy(x), x.cpu().numpy())");
     }
     if (py::isinstance(object, py::module_::import("numpy").attr("generic"))) {
         throw py::type_error(expected + ", a scalar; pass numpy.asarray(" + what + ")");

@@ -26,7 +26,8 @@ void check_like_parameter(const ArrayView& view, const ArrayView& parameter, boo
                               parameter.shape_text());
     }
     if (!view.aligned()) {
-        throw py::value_error(name.text() + ": its elements are not aligned to their size; pass a copy (numpy.array(x))");
+        throw py::value_error(name.text() +
+                              ": its elements are not aligned to their size; pass a copy (numpy.array(x))");
     }
 }
 
@@ -44,8 +45,9 @@ void check_written(const ArrayView& view, const ArrayName& name) {
     int64_t covered = item_size(view.dtype);
     for (const auto& [stride, length] : dimensions) {
         if (stride < covered) {
-            throw py::value_error(name.text() + ": elements of the array overlap in memory (a broadcast or otherwise "
-                                                "strided view), but a step writes to it; pass a copy (numpy.array(x))");
+            throw py::value_error(name.text() +
+                                  ": elements of the array overlap in memory (a broadcast or otherwise "
+                                  "strided view), but a step writes to it; pass a copy (numpy.array(x))");
         }
         covered += stride * (length - 1);
     }
@@ -132,8 +134,10 @@ Tensor bind(int rule, const ArrayView* views, const ArrayName& name, LayoutStore
     if (c_contiguous || f_contiguous || tensor.size == 0) return tensor;
     StridedLayout* layout = layouts.take();
     merge_dimensions(views, streams.count, tensor, *layout);
-    if (is_dense(*layout, streams.count, item_size(p.dtype))) layouts.give_back();
-    else tensor.layout = layout;
+    if (is_dense(*layout, streams.count, item_size(p.dtype)))
+        layouts.give_back();
+    else
+        tensor.layout = layout;
     return tensor;
 }
 

@@ -122,10 +122,12 @@ void gd_step(py::handle params, py::handle grads, py::handle momentum_buffer, py
     if (momentum_buffer.is_none()) {
         check_hyper(hyper, {});
         if (hyper.momentum != 0) {
-            throw py::value_error("momentum_buffer: needed when momentum is not 0; pass an array (or a list of arrays) "
-                                  "like params, and step");
+            throw py::value_error(
+                "momentum_buffer: needed when momentum is not 0; pass an array (or a list of arrays) "
+                "like params, and step");
         }
-        take_step(rule_index<Gd>, {params, grads}, hyper, step_number.is_none() ? py::handle(py::int_(1)) : step_number);
+        take_step(rule_index<Gd>, {params, grads}, hyper,
+                  step_number.is_none() ? py::handle(py::int_(1)) : step_number);
         return;
     }
     if (step_number.is_none()) {

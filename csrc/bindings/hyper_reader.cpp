@@ -52,8 +52,8 @@ double read_number(py::handle value, const char* name, const HyperSource& source
     const double number = PyFloat_AsDouble(value.ptr());
     if (number == -1.0 && PyErr_Occurred()) {
         PyErr_Clear();
-        throw py::type_error(source.prefix + name + ": expected a number" +
-                             (source.step > 0 ? " or a callable" : "") + ", got " + type_name(value));
+        throw py::type_error(source.prefix + name + ": expected a number" + (source.step > 0 ? " or a callable" : "") +
+                             ", got " + type_name(value));
     }
     return number;
 }
@@ -123,10 +123,8 @@ void check_scalars(const GdHyper& hyper, const GdScalars<float>&) {
 }
 
 void check_scalars(const AdamHyper& hyper, const AdamScalars<float>& scalars) {
-    check_fits_float32({{"lr", hyper.lr},
-                        {"eps", hyper.eps},
-                        {"weight_decay", hyper.weight_decay},
-                        {"grad_scale", hyper.grad_scale}});
+    check_fits_float32(
+        {{"lr", hyper.lr}, {"eps", hyper.eps}, {"weight_decay", hyper.weight_decay}, {"grad_scale", hyper.grad_scale}});
     if (!std::isfinite(scalars.neg_step_size)) {
         throw py::value_error("lr: lr / (1 - beta1 ** step) is too large for float32 parameters");
     }

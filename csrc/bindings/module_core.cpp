@@ -2,13 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "array_view.hpp"
-#include "functions.hpp"
-#include "optimizer.hpp"
 #include "../cpu/dispatch.hpp"
 #include "../cpu/run.hpp"
 #include "../cpu/thread_count.hpp"
 #include "../cpu/thread_pool.hpp"
+#include "array_view.hpp"
+#include "functions.hpp"
+#include "optimizer.hpp"
 
 namespace cpu = fusedstep::cpu;
 namespace py = pybind11;

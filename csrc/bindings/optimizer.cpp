@@ -34,9 +34,7 @@ public:
 
     double number(const py::str& key, const char* name) const { return read_number(item(key, name), name, source_); }
     bool flag(const py::str& key, const char* name) const { return read_flag(item(key, name), name, source_); }
-    void betas(AdamHyper& hyper) const {
-        read_betas(item(keys().betas, "betas"), hyper.beta1, hyper.beta2, source_);
-    }
+    void betas(AdamHyper& hyper) const { read_betas(item(keys().betas, "betas"), hyper.beta1, hyper.beta2, source_); }
 
 private:
     py::object item(const py::str& key, const char* name) const {
@@ -76,8 +74,9 @@ GdHyper Family<GdHyper>::read(py::handle group, int rule, const HyperSource& sou
     hyper.nesterov = reader.flag(keys().nesterov, "nesterov");
     hyper.maximize = reader.flag(keys().maximize, "maximize");
     if (rule == rule_index<Gd> && hyper.momentum != 0) {
-        throw py::value_error(source.prefix + "momentum: the optimizer was made without momentum, so it has no "
-                                              "buffers; make a new one");
+        throw py::value_error(source.prefix +
+                              "momentum: the optimizer was made without momentum, so it has no "
+                              "buffers; make a new one");
     }
     return hyper;
 }
@@ -411,8 +410,9 @@ private:
     [[noreturn]] static void throw_changed(const Parameter& parameter, const ArrayView& p) {
         const std::string name = ArrayName{"params", -1, &parameter.suffix}.text();
         if (!p.writeable()) throw py::value_error(name + ": the array is read-only, but a step writes to it");
-        throw py::value_error(name + ": the memory, shape or layout of the array changed after the optimizer was "
-                                     "made; make a new optimizer and load this one's state_dict()");
+        throw py::value_error(name +
+                              ": the memory, shape or layout of the array changed after the optimizer was "
+                              "made; make a new optimizer and load this one's state_dict()");
     }
 
     const bool decoupled_;

@@ -41,7 +41,8 @@ public:
     const void* scalars_of(const Hyper& hyper, int64_t step, DType dtype) {
         Known& known = known_[static_cast<int>(dtype)];
         if (known.step != step) {
-            known.scalars = dtype == DType::float32 ? new_scalars<float>(hyper, step) : new_scalars<double>(hyper, step);
+            known.scalars =
+                dtype == DType::float32 ? new_scalars<float>(hyper, step) : new_scalars<double>(hyper, step);
             known.step = step;
         }
         return known.scalars;

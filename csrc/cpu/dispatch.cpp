@@ -69,9 +69,12 @@ const Isa& chosen_isa() {
 std::string chosen_isa_reason() {
     chosen_isa();
     switch (origin.load()) {
-        case Origin::environment: return "FUSEDSTEP_ISA";
-        case Origin::call: return "set_isa";
-        default: return "the best that this processor supports";
+        case Origin::environment:
+            return "FUSEDSTEP_ISA";
+        case Origin::call:
+            return "set_isa";
+        default:
+            return "the best that this processor supports";
     }
 }
 

@@ -28,9 +28,8 @@ void parallel_for(int64_t elements, const Body& body) {
     }
     const int64_t chunk = std::clamp(elements / (threads * 4), least_chunk, most_chunk);
     const int64_t chunks = (elements + chunk - 1) / chunk;
-    ThreadPool::instance().run(threads, chunks, [&](int64_t i) {
-        body(elements * i / chunks, elements * (i + 1) / chunks);
-    });
+    ThreadPool::instance().run(threads, chunks,
+                               [&](int64_t i) { body(elements * i / chunks, elements * (i + 1) / chunks); });
 }
 
 }  // namespace
@@ -41,14 +40,13 @@ void run(const Job& job) {
     const StepKernel kernel = chosen_isa().kernels->step[job.rule][static_cast<int>(job.dtype)];
     parallel_for(job.elements(), [&](int64_t from, int64_t to) {
         const FloatEnvironment ieee;
-        for_each_run(job, cut_at(job, from), cut_at(job, to),
-                     [&](const Tensor& tensor, int64_t begin, int64_t count) {
-                         if (tensor.layout == nullptr) {
-                             kernel(tensor.streams.data(), begin, count, tensor.scalars);
-                         } else {
-                             strided_step(kernel, job, tensor, begin, count);
-                         }
-                     });
+        for_each_run(job, cut_at(job, from), cut_at(job, to), [&](const Tensor& tensor, int64_t begin, int64_t count) {
+            if (tensor.layout == nullptr) {
+                kernel(tensor.streams.data(), begin, count, tensor.scalars);
+            } else {
+                strided_step(kernel, job, tensor, begin, count);
+            }
+        });
     });
 }
 

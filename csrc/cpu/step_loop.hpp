@@ -10,17 +10,25 @@ namespace fusedstep {
 
 struct Whole {
     template <class V>
-    FUSEDSTEP_INLINE V load(const typename V::Element* from) const { return V::load(from); }
+    FUSEDSTEP_INLINE V load(const typename V::Element* from) const {
+        return V::load(from);
+    }
     template <class V>
-    FUSEDSTEP_INLINE void store(V value, typename V::Element* to) const { value.store(to); }
+    FUSEDSTEP_INLINE void store(V value, typename V::Element* to) const {
+        value.store(to);
+    }
 };
 
 struct First {
     int count;
     template <class V>
-    FUSEDSTEP_INLINE V load(const typename V::Element* from) const { return V::load(from, count); }
+    FUSEDSTEP_INLINE V load(const typename V::Element* from) const {
+        return V::load(from, count);
+    }
     template <class V>
-    FUSEDSTEP_INLINE void store(V value, typename V::Element* to) const { value.store(to, count); }
+    FUSEDSTEP_INLINE void store(V value, typename V::Element* to) const {
+        value.store(to, count);
+    }
 };
 
 template <class Rule, class V, class Access, class Scalars>

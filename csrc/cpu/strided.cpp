@@ -88,8 +88,10 @@ void step(StepKernel kernel, unsigned written, int streams, const Tensor& tensor
 
 void strided_step(StepKernel kernel, const Job& job, const Tensor& tensor, int64_t begin, int64_t count) {
     const RuleStreams rule = rule_streams[job.rule];
-    if (item_size(job.dtype) == 4) step<uint32_t>(kernel, rule.written, rule.count, tensor, begin, count);
-    else step<uint64_t>(kernel, rule.written, rule.count, tensor, begin, count);
+    if (item_size(job.dtype) == 4)
+        step<uint32_t>(kernel, rule.written, rule.count, tensor, begin, count);
+    else
+        step<uint64_t>(kernel, rule.written, rule.count, tensor, begin, count);
 }
 
 }  // namespace fusedstep::cpu

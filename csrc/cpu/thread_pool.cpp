@@ -99,8 +99,10 @@ void ThreadPool::run_chunks(int threads, int64_t chunks, const void* body, Chunk
     state_.fetch_and(~open_bit);
     for (int spins = 0; (state_.load(std::memory_order_acquire) & inside_mask) != 0; ++spins) {
         // With more threads than processors, the one we wait for may need ours.
-        if (spins < 1000) pause();
-        else sched_yield();
+        if (spins < 1000)
+            pause();
+        else
+            sched_yield();
     }
 }
 

@@ -9,15 +9,15 @@ namespace fusedstep {
 
 template <class T>
 struct AdamScalars {
-    T grad_scale;           // negative when maximising
-    T weight_decay;         // L2, added to the gradient; 0 is off
-    T param_decay;          // decoupled: 1 - lr * weight_decay; 1 is off
+    T grad_scale;    // negative when maximising
+    T weight_decay;  // L2, added to the gradient; 0 is off
+    T param_decay;   // decoupled: 1 - lr * weight_decay; 1 is off
     T one_minus_beta1;
     T beta2;
     T one_minus_beta2;
     T inv_sqrt_correction;  // 1 / sqrt(1 - beta2^t)
     T eps;
-    T neg_step_size;        // -lr / (1 - beta1^t)
+    T neg_step_size;  // -lr / (1 - beta1^t)
 };
 
 template <class V, class Scalars>

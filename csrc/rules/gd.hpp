@@ -12,13 +12,13 @@ namespace fusedstep {
 
 template <class T>
 struct GdScalars {
-    T grad_scale;          // negative when maximising
-    T weight_decay;        // L2, added to the gradient; 0 is off
+    T grad_scale;    // negative when maximising
+    T weight_decay;  // L2, added to the gradient; 0 is off
     T momentum;
     T one_minus_dampening;
     T neg_lr;
     bool nesterov;
-    bool first;            // the first step starts the momentum buffer from the gradient
+    bool first;  // the first step starts the momentum buffer from the gradient
 };
 
 // grad_scale * g is exact for a scale of 1 or -1, so it needs no branch. Decay does: a parameter that is
