@@ -110,6 +110,8 @@ struct Parameter {
     Tensor tensor;
     ArrayView view;
     std::vector<py::ssize_t> shape;
+    PyObject* descriptor;
+    int64_t bytes;
     bool c_contiguous = true, f_contiguous = true;
 
     // The memory around the last gradient that no array of ours lies in.
@@ -261,6 +263,8 @@ private:
             parameter.f_contiguous = parameter.f_contiguous && views[k].f_contiguous();
         }
         parameter.shape.assign(parameter.view.shape, parameter.view.shape + parameter.view.dimensions);
+        parameter.descriptor = py::detail::array_proxy(parameter.object.ptr())->descr;
+        parameter.bytes = parameter.tensor.size * item_size(parameter.view.dtype);
         parameters_.push_back(std::move(parameter));
     }
 
@@ -360,8 +364,38 @@ private:
 
     void add_gradient(int64_t i, const Hyper& hyper) {
         Parameter& parameter = parameters_[i];
+        Tensor tensor = parameter.tensor;
+        if (is_as_before(parameter, gradients_[i])) {
+            tensor.streams[1] = py::detail::array_proxy(gradients_[i].ptr())->data;
+        } else {
+            tensor = checked_tensor(parameter, gradients_[i]);
+        }
+        tensor.scalars = call_.scalars_of(hyper, parameter.step + 1, parameter.view.dtype);
+        call_.add(parameter.rule, parameter.view.dtype, tensor);
+        stepped_.push_back(i);
+    }
+
+    // The usual case, quickly: the parameter is as it was when it was checked, the gradient is a C-contiguous
+    // array like it, and lies where it was seen to be in nobody's way. Everything else is checked_tensor's.
+    static bool is_as_before(const Parameter& parameter, py::handle gradient) {
+        if (!parameter.c_contiguous || Py_TYPE(gradient.ptr()) != Py_TYPE(parameter.object.ptr())) return false;
+        const auto* g = py::detail::array_proxy(gradient.ptr());
+        const auto* p = py::detail::array_proxy(parameter.object.ptr());
+        constexpr int needed = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+        if ((g->flags & needed) != needed || g->descr != p->descr || g->nd != p->nd) return false;
+        if (p->data != parameter.view.data || p->flags != parameter.view.flags || p->descr != parameter.descriptor ||
+            p->nd != parameter.view.dimensions) {
+            return false;
+        }
+        for (int d = 0; d < p->nd; ++d) {
+            if (g->dimensions[d] != parameter.shape[d] || p->dimensions[d] != parameter.shape[d]) return false;
+        }
+        return g->data >= parameter.gap_begin && g->data + parameter.bytes <= parameter.gap_end;
+    }
+
+    Tensor checked_tensor(Parameter& parameter, py::handle object) {
         const ArrayName name{"grads", -1, &parameter.suffix};
-        const ArrayView gradient = view_array(gradients_[i], name);
+        const ArrayView gradient = view_array(object, name);
         const ArrayView p = view_array(parameter.object, {"params", -1, &parameter.suffix});
         if (!unchanged(parameter, p)) throw_changed(parameter, p);
         check_gradient(gradient, p, name);
@@ -374,9 +408,7 @@ private:
             tensor = bind(parameter.rule, views, {"", -1, &parameter.suffix}, call_.layouts);
         }
         check_gradient_memory(parameter, gradient, name);
-        tensor.scalars = call_.scalars_of(hyper, parameter.step + 1, p.dtype);
-        call_.add(parameter.rule, p.dtype, tensor);
-        stepped_.push_back(i);
+        return tensor;
     }
 
     // A gradient may share memory with another gradient, but not with what a step writes.
@@ -404,7 +436,10 @@ private:
             p.dtype != then.dtype) {
             return false;
         }
-        return std::equal(parameter.shape.begin(), parameter.shape.end(), p.shape);
+        for (int d = 0; d < p.dimensions; ++d) {
+            if (p.shape[d] != parameter.shape[d]) return false;
+        }
+        return true;
     }
 
     [[noreturn]] static void throw_changed(const Parameter& parameter, const ArrayView& p) {

@@ -21,7 +21,7 @@ constexpr uint64_t epoch_of(uint64_t state) { return state >> 32; }
 
 // How long an idle worker looks for the next job before it sleeps: longer than the gap between the steps
 // of a tight loop, too short to be felt by anything else.
-constexpr auto spin_time = std::chrono::microseconds(30);
+constexpr auto spin_time = std::chrono::microseconds(100);
 
 inline void pause() {
 #if defined(__x86_64__)

@@ -28,18 +28,48 @@ DoubleDouble multiply(DoubleDouble a, DoubleDouble b) {
     return {high, tail - (high - product)};
 }
 
+// base, base^2, base^4, ... as far as they have been asked for. They are kept from step to step because they
+// do not depend on the step, and squaring is most of the work of a power.
+class Squares {
+public:
+    double base() const { return squares_[0].high; }
+    void start(double base) {
+        squares_[0] = {base, 0.0};
+        known_ = 1;
+    }
+    const DoubleDouble& operator[](int i) {
+        for (; known_ <= i; ++known_) squares_[known_] = multiply(squares_[known_ - 1], squares_[known_ - 1]);
+        return squares_[i];
+    }
+
+private:
+    DoubleDouble squares_[64] = {};
+    int known_ = 1;
+};
+
+// The squares of the two bases that this thread used last.
+Squares& squares_of(double base) {
+    static thread_local Squares recent[2];
+    static thread_local int oldest = 0;
+    for (Squares& squares : recent) {
+        if (squares.base() == base) return squares;
+    }
+    Squares& squares = recent[oldest];
+    oldest = 1 - oldest;
+    squares.start(base);
+    return squares;
+}
+
 }  // namespace
 
 double one_minus_power(double base, int64_t exponent) {
+    Squares& squares = squares_of(base);
     DoubleDouble power{1.0, 0.0};
-    DoubleDouble square{base, 0.0};
-    for (;;) {
-        if (exponent & 1) power = multiply(power, square);
-        exponent >>= 1;
+    for (int i = 0; exponent != 0; ++i, exponent >>= 1) {
+        const DoubleDouble& square = squares[i];
         // Below 1e-40 a power no longer changes 1 - power; stopping also keeps clear of denormals.
-        if (exponent == 0 || power.high < 1e-40) break;
         if (square.high < 1e-40) return 1.0;
-        square = multiply(square, square);
+        if (exponent & 1) power = multiply(power, square);
     }
     return (1.0 - power.high) - power.low;
 }
