@@ -54,19 +54,11 @@ public:
         work.tensors.push_back(tensor);
     }
 
-    bool is_long() const {
-        int64_t elements = 0;
-        for (const auto& row : work_) {
-            for (const Work& work : row) elements += work.ends.empty() ? 0 : work.ends.back();
-        }
-        return cpu::is_long(elements);
-    }
-
     // The settings it needs are read first: if the environment names nonsense, nothing has been written.
     void run() const {
         cpu::chosen_isa();
         cpu::num_threads();
-        if (is_long()) {
+        if (cpu::is_long(bytes())) {
             const py::gil_scoped_release release;
             run_jobs();
         } else {
@@ -101,15 +93,26 @@ private:
         return new (&scalars_[scalars_used_++]) auto(computed);
     }
 
-    void run_jobs() const {
+    template <class Visit>
+    void for_each_job(Visit visit) const {
         for (int rule = 0; rule < Rules::count; ++rule) {
             for (int dtype = 0; dtype < dtype_count; ++dtype) {
                 const Work& work = work_[rule][dtype];
                 if (work.tensors.empty()) continue;
-                cpu::run({rule, static_cast<DType>(dtype), work.tensors.data(), work.ends.data(),
+                visit(Job{rule, static_cast<DType>(dtype), work.tensors.data(), work.ends.data(),
                           static_cast<int64_t>(work.tensors.size())});
             }
         }
+    }
+
+    int64_t bytes() const {
+        int64_t bytes = 0;
+        for_each_job([&](const Job& job) { bytes += job.bytes(); });
+        return bytes;
+    }
+
+    void run_jobs() const {
+        for_each_job([](const Job& job) { cpu::run(job); });
     }
 
     Work work_[Rules::count][dtype_count];

@@ -34,6 +34,14 @@ struct Job {
     int64_t count;
 
     int64_t elements() const { return count == 0 ? 0 : ends[count - 1]; }
+
+    // What a step has to move: every stream is read, and some are written back.
+    int64_t bytes() const {
+        const RuleStreams streams = rule_streams[rule];
+        int64_t accesses = streams.count;
+        for (unsigned written = streams.written; written != 0; written &= written - 1) ++accesses;
+        return elements() * accesses * item_size(dtype);
+    }
 };
 
 }  // namespace fusedstep

@@ -9,8 +9,8 @@ namespace fusedstep::cpu {
 
 void run(const Job& job);
 
-// Whether a job of this size is worth leaving the calling thread for, and so the GIL.
-bool is_long(int64_t elements);
+// Whether a job that moves this much is worth leaving the calling thread for, and so the GIL.
+bool is_long(int64_t bytes);
 
 // Zeros memory, its pages first touched by the threads that will update them.
 void fill_zero(void* memory, size_t bytes);

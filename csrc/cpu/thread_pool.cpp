@@ -21,7 +21,7 @@ constexpr uint64_t epoch_of(uint64_t state) { return state >> 32; }
 
 // How long an idle worker looks for the next job before it sleeps: longer than the gap between the steps
 // of a tight loop, too short to be felt by anything else.
-constexpr auto spin_time = std::chrono::microseconds(100);
+constexpr int64_t spin_nanoseconds = 100'000;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -29,6 +29,11 @@ inline void pause() {
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
+}
+
+int64_t now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
 }
 
 std::atomic<ThreadPool*> pool{nullptr};
@@ -61,7 +66,7 @@ void ThreadPool::start_workers(int wanted) {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
         for (; workers_ < wanted; ++workers_) {
-            std::thread([this, participant = workers_ + 1] { worker_main(participant); }).detach();
+            std::thread([this, participant = workers_.load() + 1] { worker_main(participant); }).detach();
         }
     } catch (const std::system_error&) {
         // The system has no more threads to give: the work is done by those there are.
@@ -69,13 +74,24 @@ void ThreadPool::start_workers(int wanted) {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-void ThreadPool::run_chunks(int threads, int64_t chunks, const void* body, ChunkFunction function) {
+void ThreadPool::run_chunks(int threads, int64_t chunks, bool worth_waking, const void* body, ChunkFunction function) {
     threads = static_cast<int>(std::min<int64_t>(threads, chunks));
     std::unique_lock<std::mutex> lock(busy_, std::defer_lock);
-    if (threads <= 1 || !lock.try_lock()) {
+    if (threads > 1 && (worth_waking || in_tight_loop(threads)) && lock.try_lock()) {
+        share(threads, chunks, body, function);
+    } else {
         for (int64_t chunk = 0; chunk < chunks; ++chunk) function(body, chunk);
-        return;
     }
+    last_end_.store(now(), std::memory_order_relaxed);
+}
+
+// Whether the workers are awake, or would be had the last job been shared.
+bool ThreadPool::in_tight_loop(int threads) const {
+    if (workers_.load() - parked_.load() >= threads - 1) return true;
+    return now() - last_end_.load(std::memory_order_relaxed) < spin_nanoseconds;
+}
+
+void ThreadPool::share(int threads, int64_t chunks, const void* body, ChunkFunction function) {
     if (workers_ < threads - 1) start_workers(threads - 1);
     if (share_capacity_ < threads) {
         shares_ = std::make_unique<Share[]>(threads);
@@ -134,14 +150,16 @@ void ThreadPool::worker_main(int participant) {
 uint64_t ThreadPool::wait_for_job(uint64_t seen, bool spin) {
     const auto is_new = [seen](uint64_t state) { return (state & open_bit) != 0 && epoch_of(state) != seen; };
     if (spin) {
-        const auto deadline = std::chrono::steady_clock::now() + spin_time;
+        const int64_t deadline = now() + spin_nanoseconds;
         do {
             for (int i = 0; i < 32; ++i) {
                 const uint64_t state = state_.load(std::memory_order_acquire);
                 if (is_new(state)) return state;
                 pause();
             }
-        } while (std::chrono::steady_clock::now() < deadline);
+            // On a busy machine this may be the caller's own processor, which it needs back.
+            sched_yield();
+        } while (now() < deadline);
     }
     std::unique_lock<std::mutex> lock(parking_);
     parked_.fetch_add(1);

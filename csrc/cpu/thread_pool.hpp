@@ -18,10 +18,11 @@ class ThreadPool {
 public:
     static ThreadPool& instance();
 
-    // Calls body(chunk) once for each chunk in [0, chunks), on at most `threads` threads.
+    // Calls body(chunk) once for each chunk in [0, chunks), on at most `threads` threads. A job that is not
+    // worth waking a sleeping thread for is shared only in a tight loop, where they are awake.
     template <class Body>
-    void run(int threads, int64_t chunks, const Body& body) {
-        run_chunks(threads, chunks, &body,
+    void run(int threads, int64_t chunks, bool worth_waking, const Body& body) {
+        run_chunks(threads, chunks, worth_waking, &body,
                    [](const void* body, int64_t chunk) { (*static_cast<const Body*>(body))(chunk); });
     }
 
@@ -34,14 +35,17 @@ private:
 
     using ChunkFunction = void (*)(const void* body, int64_t chunk);
 
-    void run_chunks(int threads, int64_t chunks, const void* body, ChunkFunction function);
+    void run_chunks(int threads, int64_t chunks, bool worth_waking, const void* body, ChunkFunction function);
+    bool in_tight_loop(int threads) const;
+    void share(int threads, int64_t chunks, const void* body, ChunkFunction function);
     void start_workers(int wanted);
     void work(int participant);
     void worker_main(int participant);
     uint64_t wait_for_job(uint64_t seen, bool spin);
 
     std::mutex busy_;  // held by the caller of the job in progress
-    int workers_ = 0;
+    std::atomic<int> workers_{0};
+    std::atomic<int64_t> last_end_{0};  // of a job, in nanoseconds of the steady clock
 
     std::unique_ptr<Share[]> shares_;
     int share_capacity_ = 0;
