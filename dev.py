@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Run the project's tasks on a machine that has only Python (>= 3.11) and a C++ compiler.
 
-    python3 dev.py demo     install into .venv, train a small network, draw its loss curves
-    python3 dev.py test     install into .venv with all that the tests need, run them
-    python3 dev.py bench    install into .venv, time the steps (arguments go to the benchmark)
-    python3 dev.py lint     format and lint checks
-    python3 dev.py wheel    build a wheel, repair it to manylinux, prove it in an empty environment
+python3 dev.py demo     install into .venv, train a small network, draw its loss curves
+python3 dev.py test     install into .venv with all that the tests need, run them
+python3 dev.py bench    install into .venv, time the steps (arguments go to the benchmark)
+python3 dev.py lint     format and lint checks
+python3 dev.py wheel    build a wheel, repair it to manylinux, prove it in an empty environment
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ def make_environment(path: Path) -> Path:
         try:
             venv.create(path, with_pip=True)
         except subprocess.CalledProcessError:
-            sys.exit("python3 cannot make virtual environments here; Debian has that apart: "
-                     "apt install python3-venv")
+            sys.exit(
+                "python3 cannot make virtual environments here; Debian has that apart: "
+                "apt install python3-venv"
+            )
     return python
 
 
 def install(extra: str) -> Path:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (it may be run with an old Python all the same)
         sys.exit(f"fusedstep needs Python >= 3.11; this is {sys.version.split()[0]}")
     python = make_environment(ENVIRONMENT)
     run(python, "-m", "pip", "install", "-q", f"-Cbuild-dir={BUILD}", f"{ROOT}[{extra}]")
@@ -79,8 +81,16 @@ def wheel(arguments: list[str]) -> None:
         path = f"{tools.parent}{os.pathsep}{os.environ['PATH']}"
         (unrepaired,) = built.glob("*.whl")
         repaired = Path(folder, "repaired")
-        run(tools, "-m", "auditwheel", "repair", "-w", repaired, unrepaired,
-            env={**os.environ, "PATH": path})
+        run(
+            tools,
+            "-m",
+            "auditwheel",
+            "repair",
+            "-w",
+            repaired,
+            unrepaired,
+            env={**os.environ, "PATH": path},
+        )
         (wheel,) = repaired.glob("*.whl")
         python = make_environment(empty)
         run(python, "-m", "pip", "install", "-q", wheel)

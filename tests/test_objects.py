@@ -25,7 +25,7 @@ def objects() -> dict[str, Path]:
 
 
 def symbols(path: Path) -> dict[str, str]:
-    """The symbols that an object defines, by name, with nm's letter for their kind."""
+    """Return the symbols that an object defines, by name, with nm's letter for their kind."""
     listing = subprocess.run(
         ["nm", "--defined-only", path], check=True, capture_output=True, text=True
     )
@@ -34,8 +34,14 @@ def symbols(path: Path) -> dict[str, str]:
     }
 
 
+def disassembly(path: Path) -> str:
+    return subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", path], check=True, capture_output=True, text=True
+    ).stdout
+
+
 def baseline_objects() -> list[Path]:
-    return [path for path in Path(BUILD).rglob("_core.dir/**/*.o")]
+    return list(Path(BUILD).rglob("_core.dir/**/*.o"))
 
 
 def test_all_instruction_sets_are_built():
@@ -80,7 +86,10 @@ def test_baseline_objects_use_no_wide_registers():
     found = objects()
     for path in [*baseline_objects(), found["scalar"]]:
         listing = subprocess.run(
-            ["objdump", "-d", "--no-show-raw-insn", path], check=True, capture_output=True, text=True
+            ["objdump", "-d", "--no-show-raw-insn", path],
+            check=True,
+            capture_output=True,
+            text=True,
         )
         assert "%ymm" not in listing.stdout, path
         assert "%zmm" not in listing.stdout, path

@@ -19,7 +19,6 @@ __attribute__((visibility("default"))) int fusedstep_get_num_threads() { return 
 __attribute__((visibility("default"))) void fusedstep_set_num_threads(int count) {
     if (count >= 1) cpu::set_num_threads(count);
 }
-__attribute__((visibility("default"))) const char* fusedstep_get_version() { return FUSEDSTEP_VERSION; }
 }
 
 namespace {
@@ -63,7 +62,7 @@ py::dict config() {
     config["isa_reason"] = cpu::chosen_isa_reason();
     config["num_threads"] = cpu::num_threads();
     config["num_threads_reason"] = cpu::num_threads_reason();
-    config["backends"] = py::dict(py::arg("cpu") = "available", py::arg("cuda") = "not built");
+    config["backends"] = py::dict(py::arg("cpu") = "available", py::arg("cuda") = "not built: this version has CPU kernels only");
     return config;
 }
 

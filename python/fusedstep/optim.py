@@ -226,14 +226,14 @@ class Optimizer:
                 f"{type(self).__name__} has {', '.join(self.defaults)}"
             )
         hyper = {key: saved[key] for key in self.defaults if saved[key] is not None}
-        keys = self._state_keys(own)
-        if self._state_keys({**own, **hyper}) != keys:
+        merged = {**own, **hyper}
+        keys, wanted = self._state_keys(own), self._state_keys(merged)
+        if wanted != keys:
             raise ValueError(
-                f"{where}: needs other state arrays ({' '.join(self._state_keys(hyper)) or 'none'})"
-                f" than this optimizer has ({' '.join(keys) or 'none'}); make the optimizer with the "
-                "same momentum or amsgrad"
+                f"{where}: needs the state arrays ({', '.join(wanted)}), but this optimizer has "
+                f"({', '.join(keys)}); make it with the same momentum or amsgrad"
             )
-        self._native.check_group({**own, **hyper}, number, len(keys))
+        self._native.check_group(merged, number, len(keys))
         return hyper
 
     def _checked_entry(

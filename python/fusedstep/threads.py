@@ -65,7 +65,7 @@ def _register_controller(threadpoolctl: ModuleType) -> None:
         check_symbols = ("fusedstep_get_num_threads", "fusedstep_set_num_threads")
 
         def get_num_threads(self) -> int:
-            return self.dynlib.fusedstep_get_num_threads()
+            return int(self.dynlib.fusedstep_get_num_threads())
 
         def set_num_threads(self, num_threads: int) -> None:
             self.dynlib.fusedstep_set_num_threads(num_threads)
