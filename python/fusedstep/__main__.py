@@ -14,7 +14,8 @@ COMMANDS = {
     "demo": ("fusedstep.commands.demo", "learn handwritten digits and draw the loss curves"),
     "bench": ("fusedstep.bench", "measure speed against this machine's memory bandwidth"),
 }
-OPTIONAL_PACKAGES = {"matplotlib", "rich", "sklearn", "threadpoolctl"}  # of the extra named after the command
+# Those of the extra named after the command.
+OPTIONAL_PACKAGES = {"matplotlib", "rich", "sklearn", "threadpoolctl"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
