@@ -1,0 +1,60 @@
+"""What the figures were measured on and with."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import fusedstep
+from fusedstep import _core
+
+PACKAGES = (
+    "numpy", "numexpr", "numba", "torch", "jax", "jaxlib", "optax", "deepspeed", "matplotlib",
+)  # fmt: skip
+
+
+def caches() -> dict[str, int]:
+    """Return the size in bytes of each data cache of the first processor, as in ``{"L1": ...}``."""
+    sizes = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        if (index / "type").read_text().strip() == "Instruction":
+            continue
+        text = (index / "size").read_text().strip()
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1)
+        sizes["L" + (index / "level").read_text().strip()] = int(text.rstrip("KM")) * unit
+    return sizes
+
+
+def cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe() -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    config = _core.config()
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "caches": caches(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "fusedstep": fusedstep.__version__,
+        "compiler": config["compiler"],
+        "isa": config["isa"],
+        "supported_isas": list(config["supported_isas"]),
+        "threads": config["num_threads"],
+        "packages": versions,
+    }

@@ -1,0 +1,263 @@
+"""The benchmark: measure, compare with what is required, write JSON and pictures."""
+
+import argparse
+import datetime
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fusedstep as fs
+from fusedstep import _roofline
+
+from . import machine, memory
+from .peers import FusedstepFunction, FusedstepOptimizer, NumPy, available_peers
+from .timing import Timing, interleaved
+from .workloads import GPT2_SMALL, MANY_SMALL, MLP, Workload, one_array
+
+OURS, FUNCTION, RAW = FusedstepOptimizer.name, FusedstepFunction.name, "torch raw op"
+ROOF = "roofline"
+
+# Of a workload: (contender, at least this many times as fast as, the other). "best peer" is the
+# fastest of those that are not ours.
+Requirement = tuple[str, float, str]
+CASES: tuple[tuple[Workload, tuple[Requirement, ...]], ...] = (
+    (
+        one_array(128),
+        ((OURS, 30, "torch fused"), (FUNCTION, 5, RAW)),
+    ),
+    (one_array(10_240), ()),
+    (one_array(100_000), ((OURS, 1.4, RAW), (OURS, 2, "DeepSpeed"))),
+    (one_array(1_000_000), ((OURS, 1.3, RAW), (OURS, 2, "DeepSpeed"))),
+    (one_array(1_000_000, "gd"), ()),
+    (one_array(1_000_000, "momentum"), ()),
+    (one_array(1_000_000, "adam", "float64"), ()),
+    (MANY_SMALL, ((OURS, 150, "torch fused"),)),
+    (MLP, ()),
+    (GPT2_SMALL, ((OURS, 1.0, "torch fused"),)),
+    (
+        one_array(64_000_000),
+        ((OURS, 0.95, ROOF), (OURS, 1.0, "best peer"), (OURS, 7, NumPy.name)),
+    ),
+)
+SMALL_LATENCY = 1.5e-6  # seconds, of the function at 128 elements
+DENORMAL_RATIO = 1.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, none above a million")
+    parser.add_argument("--threads", type=int, metavar="N", help="for every contender")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help="only these (default: all)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("bench-record"),
+        metavar="DIR",
+        help="folder for the JSON record and the pictures (default: %(default)s)",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    import matplotlib  # noqa: F401  (asked for before the work begins)
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if args.threads is not None:
+        fs.set_num_threads(args.threads)
+    record: dict[str, Any] = {"date": datetime.date.today().isoformat(), **machine.describe()}
+    console.print(f"{record['cpu']}, {record['threads']} threads, {record['isa']}")
+
+    record["peers"] = {}
+
+    def report(name: str, status: str) -> None:
+        record["peers"][name] = status
+        console.print(f"  {name}: {status}", highlight=False)
+
+    peers = available_peers(report)
+    if args.peers is not None:
+        peers = [peer for peer in peers if peer.name in args.peers or peer.name.startswith(OURS)]
+
+    limit = 1_000_000 if args.quick else 1 << 62
+    record["cases"] = [
+        run_case(workload, peers, console.print)
+        for workload, _ in CASES
+        if workload.elements <= limit
+    ]
+    record["denormals"] = [
+        run_denormals(n, console.print) for n in (100_000, 64_000_000) if n <= limit
+    ]
+    record["memory"] = run_memory(1_000_000 if args.quick else 64_000_000, console.print)
+    record["sweep"] = [
+        run_case(one_array(1 << power), peers, console.print, budget=0.15)
+        for power in range(5, 27, 5 if args.quick else 1)
+        if 1 << power <= limit
+    ]
+    record["requirements"] = requirements(record)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    slug = "-".join("".join(c if c.isalnum() else " " for c in record["cpu"].lower()).split())
+    stem = f"cpu-{slug}-{record['date']}"
+    path = args.output / f"{stem}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+    from . import plot
+
+    pictures = plot.draw(record, args.output, stem)
+    print_requirements(record["requirements"])
+    print("\n".join(f"wrote {file}" for file in (path, *pictures)))
+    return 0
+
+
+def roofline(workload: Workload) -> Callable[[], object] | None:
+    """Return a pass over the streams of a workload's one array, or None if it has several."""
+    if len(workload.shapes) != 1:
+        return None
+    streams = [
+        np.ones(workload.elements, workload.dtype)
+        for _ in range({"gd": 2, "momentum": 3}.get(workload.rule, 4))
+    ]
+    read, *written = streams
+    threads = fs.get_num_threads()
+    # Whichever loop is faster here is the roof.
+    best = min((False, True), key=lambda way: min(_roofline.run(written, read, threads, 5, way)))
+    return lambda: _roofline.run(written, read, threads, 1, best)
+
+
+def run_case(
+    workload: Workload, peers: Iterable[Any], say: Callable[..., None], budget: float = 1.0
+) -> dict[str, Any]:
+    """Time every contender on a workload."""
+    grads = workload.grads()
+    contenders: dict[str, Callable[[], object]] = {}
+    results = {}
+    for peer in peers:
+        if workload.rule in peer.rules and workload.dtype in peer.dtypes:
+            step, results[peer.name] = peer.make(workload.params(), grads, workload.rule)
+            contenders[peer.name] = step
+    # It is a limit where the arrays are larger than the caches.
+    roof = roofline(workload) if workload.elements >= 16_000_000 else None
+    if roof is not None:
+        contenders[ROOF] = roof
+    start = workload.params()
+    timings = interleaved(contenders, budget)
+    for name, result in results.items():
+        if any(np.array_equal(a, b) for a, b in zip(start, result(), strict=True)):
+            raise RuntimeError(f"{workload.name}: {name} did not update its parameters")
+    say(f"{workload.name}: " + ", ".join(f"{k} {seconds(t)}" for k, t in timings.items()))
+    return {
+        "name": workload.name,
+        "elements": workload.elements,
+        "arrays": len(workload.shapes),
+        "rule": workload.rule,
+        "dtype": workload.dtype,
+        "bytes": workload.bytes_moved,
+        "timings": {name: asdict(timing) for name, timing in timings.items()},
+    }
+
+
+def run_denormals(elements: int, say: Callable[..., None]) -> dict[str, Any]:
+    """Time Adam whose moments have decayed into denormals against moments of ordinary size."""
+    contenders = {}
+    for name, moment in (("normal", 1e-3), ("denormal", 1e-40)):
+        p, g = np.ones(elements, np.float32), np.zeros(elements, np.float32)
+        if name == "normal":
+            g[:] = 1e-3
+        m, v = np.full_like(p, moment), np.full_like(p, moment)
+        contenders[name] = lambda p=p, g=g, m=m, v=v: fs.adam_step(p, g, m, v, step=1000)
+    timings = interleaved(contenders, 1.0)
+    ratio = timings["denormal"].median / timings["normal"].median
+    say(f"denormal moments, {elements:,}: {ratio:.2f} times the normal time")
+    return {
+        "elements": elements,
+        "ratio": ratio,
+        "timings": {k: asdict(t) for k, t in timings.items()},
+    }
+
+
+def run_memory(elements: int, say: Callable[..., None]) -> dict[str, Any]:
+    """Measure what a step of ours, and one of NumPy by hand, takes beyond its arrays."""
+    workload = one_array(elements)
+    result: dict[str, Any] = {"elements": elements}
+    for peer in (FusedstepOptimizer(), NumPy()):
+        step, _ = peer.make(workload.params(), workload.grads(), "adam")
+        result[peer.name] = {"peak_growth": memory.peak_growth(step)}
+    small, _ = FusedstepOptimizer().make(MANY_SMALL.params(), MANY_SMALL.grads(), "adam")
+    result[OURS]["heap_growth_1000_steps_of_1000_arrays"] = memory.heap_growth(small, 1000)
+    say(f"extra memory: {result}")
+    return result
+
+
+def requirements(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Hold the figures against what is required of them."""
+    cases = {case["name"]: case["timings"] for case in record["cases"]}
+    rows = []
+
+    def row(case: str, claim: str, required: float, measured: float | None, at_most: bool) -> None:
+        met = (
+            None
+            if measured is None
+            else bool(measured <= required if at_most else measured >= required)
+        )
+        rows.append(
+            {"case": case, "claim": claim, "required": required, "measured": measured, "met": met}
+        )
+
+    for workload, wanted in CASES:
+        timings = cases.get(workload.name, {})
+        peers = [t["median"] for name, t in timings.items() if name not in (OURS, FUNCTION, ROOF)]
+        medians = {name: timing["median"] for name, timing in timings.items()}
+        if peers:
+            medians["best peer"] = min(peers)
+        for contender, factor, other in wanted:
+            measured = (
+                medians[other] / medians[contender]
+                if {contender, other} <= medians.keys()
+                else None
+            )
+            row(workload.name, f"{contender}, times as fast as {other}", factor, measured, False)
+        if workload.elements == 128 and FUNCTION in medians:
+            row(
+                workload.name,
+                f"{FUNCTION}, microseconds",
+                SMALL_LATENCY * 1e6,
+                medians[FUNCTION] * 1e6,
+                True,
+            )
+    for denormal in record["denormals"]:
+        row(
+            f"adam float32 {denormal['elements']:,}",
+            "denormal moments, times the normal time",
+            DENORMAL_RATIO,
+            denormal["ratio"],
+            True,
+        )
+    ours = record["memory"][OURS]
+    for key in ours:
+        row(
+            f"adam float32 {record['memory']['elements']:,}",
+            f"{key}, bytes (64 KiB of noise allowed)",
+            65536,
+            ours[key],
+            True,
+        )
+    return rows
+
+
+def print_requirements(rows: Iterable[dict[str, Any]]) -> None:
+    for row in rows:
+        measured = "not measured" if row["measured"] is None else f"{row['measured']:.3g}"
+        verdict = {None: "", True: "met", False: "MISSED"}[row["met"]]
+        print(
+            f"{row['case']:<28} {row['claim']:<58} {row['required']:>8.4g} {measured:>12} {verdict}"
+        )
+
+
+def seconds(timing: Timing) -> str:
+    value = timing.median
+    for unit, scale in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"

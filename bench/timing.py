@@ -1,0 +1,66 @@
+"""Interleaved timing: every contender in turn, many times over, so that drift touches all alike."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median over the rounds, and the quartiles."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+    calls: int  # in each round
+
+
+def interleaved(contenders: Mapping[str, Step], budget: float) -> dict[str, Timing]:
+    """Time each contender for about `budget` seconds in all.
+
+    A round calls each contender often enough to last a millisecond, in an order that rotates.
+    """
+    calls = {name: _calibrated(step) for name, step in contenders.items()}
+    once = {name: _timed(step, calls[name]) * calls[name] for name, step in contenders.items()}
+    rounds = max(5, min(200, int(budget * len(contenders) / sum(once.values()))))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            for j in range(len(names)):
+                name = names[(i + j) % len(names)]
+                # One call off the clock: the cache as the contender's own last step left it.
+                contenders[name]()
+                samples[name].append(_timed(contenders[name], calls[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: _summary(samples[name], calls[name]) for name in names}
+
+
+def _timed(step: Step, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
+
+
+def _calibrated(step: Step) -> int:
+    for _ in range(3):
+        step()
+    calls = 1
+    while _timed(step, calls) * calls < 1e-3:
+        calls *= 2
+    return calls
+
+
+def _summary(samples: list[float], calls: int) -> Timing:
+    low, median, high = statistics.quantiles(samples, n=4)
+    return Timing(median, low, high, len(samples), calls)
