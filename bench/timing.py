@@ -20,14 +20,18 @@ class Timing:
     calls: int  # in each round
 
 
+# Threads of the contender before may go on spinning for some milliseconds in wait of more work.
+REST = 0.01
+
+
 def interleaved(contenders: Mapping[str, Step], budget: float) -> dict[str, Timing]:
     """Time each contender for about `budget` seconds in all.
 
     A round calls each contender often enough to last a millisecond, in an order that rotates.
     """
     calls = {name: _calibrated(step) for name, step in contenders.items()}
-    once = {name: _timed(step, calls[name]) * calls[name] for name, step in contenders.items()}
-    rounds = max(5, min(200, int(budget * len(contenders) / sum(once.values()))))
+    once = sum(_timed(step, calls[name]) * calls[name] for name, step in contenders.items())
+    rounds = max(5, min(60, int(budget * len(contenders) / (once + REST * len(contenders)))))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     collecting = gc.isenabled()
@@ -36,8 +40,9 @@ def interleaved(contenders: Mapping[str, Step], budget: float) -> dict[str, Timi
         for i in range(rounds):
             for j in range(len(names)):
                 name = names[(i + j) % len(names)]
-                # One call off the clock: the cache as the contender's own last step left it.
-                contenders[name]()
+                time.sleep(REST)
+                # Off the clock: caches and threads as the contender's own last steps left them.
+                _timed(contenders[name], max(1, calls[name] // 4))
                 samples[name].append(_timed(contenders[name], calls[name]))
     finally:
         if collecting:
