@@ -136,6 +136,8 @@ def test_selftest_flags_one_unit_between_numbers_of_threads(monkeypatch, capsys)
 
 @pytest.mark.parametrize("module", ["rich", "matplotlib", "sklearn"])
 def test_demo_without_its_extra_says_how_to_get_it(module):
+    for package in ("matplotlib", "rich", "sklearn"):
+        pytest.importorskip(package, reason="the demo extra is not installed")
     code = (
         f"import sys; sys.modules[{module!r}] = None\n"
         "from fusedstep.__main__ import main; sys.exit(main(['demo']))"

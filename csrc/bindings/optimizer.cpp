@@ -193,6 +193,10 @@ public:
         for (size_t g = 0; g < groups_.size(); ++g) hypers.push_back(read_group(param_groups, g, scale));
 
         const std::lock_guard<Optimizer> lock(*this);
+        const struct Release {
+            std::vector<py::object>& gradients;
+            ~Release() { gradients.clear(); }
+        } release{gradients_};
         call_.clear();
         stepped_.clear();
         if (nested) {
@@ -215,7 +219,6 @@ public:
             int64_t& latest = groups_[parameters_[i].group].latest;
             latest = std::max(latest, ++parameters_[i].step);
         }
-        gradients_.clear();
     }
 
     std::vector<int64_t> steps() const {

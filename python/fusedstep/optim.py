@@ -348,7 +348,8 @@ class GD(Optimizer):
         name, or a list of groups ``{"params": ..., "lr": ..., ...}``.
     lr : float or callable
         Learning rate, >= 0. Any hyper-parameter that is a float may be a callable instead, which
-        is given the number of the step about to be taken (from 1) and returns the value.
+        is given the number of the step about to be taken (from 1; in a group whose parameters
+        have taken unequal numbers of steps, of the one that has taken most) and returns the value.
     momentum : float or callable
         >= 0. Unless it is 0 each parameter gets a state array ``momentum_buffer``.
     dampening : float or callable
@@ -431,7 +432,8 @@ class Adam(Optimizer):
         arrays ``exp_avg`` and ``exp_avg_sq``.
     lr : float or callable
         Learning rate, >= 0. Any hyper-parameter that is a float may be a callable instead, which
-        is given the number of the step about to be taken (from 1) and returns the value.
+        is given the number of the step about to be taken (from 1; in a group whose parameters
+        have taken unequal numbers of steps, of the one that has taken most) and returns the value.
     betas : tuple of float
         Decay rates of the moments, each in [0, 1).
     eps : float or callable
