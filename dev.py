@@ -17,6 +17,11 @@ import tempfile
 import venv
 from pathlib import Path
 
+if sys.version_info < (3, 11):  # noqa: UP036 (an older Python may run this all the same)
+    sys.exit("fusedstep needs Python >= 3.11; this is " + sys.version.split()[0])
+
+import tomllib
+
 ROOT = Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
 BUILD = ROOT / "build"
@@ -43,8 +48,6 @@ def make_environment(path: Path) -> Path:
 
 
 def install(extra: str) -> Path:
-    if sys.version_info < (3, 11):  # noqa: UP036 (it may be run with an old Python all the same)
-        sys.exit(f"fusedstep needs Python >= 3.11; this is {sys.version.split()[0]}")
     python = make_environment(ENVIRONMENT)
     run(python, "-m", "pip", "install", "-q", f"-Cbuild-dir={BUILD}", f"{ROOT}[{extra}]")
     return python
@@ -64,7 +67,11 @@ def bench(arguments: list[str]) -> None:
 
 
 def lint(arguments: list[str]) -> None:
-    python = install("lint")
+    python = make_environment(ENVIRONMENT)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    run(python, "-m", "pip", "install", "-q", "numpy", *extras["lint"])
     sources = sorted((ROOT / "csrc").glob("*/*.?pp"))
     run(python, "-m", "ruff", "check", *arguments, cwd=ROOT)
     run(python, "-m", "ruff", "format", "--check", cwd=ROOT)
