@@ -22,7 +22,7 @@ GD_OPTIONS = combinations(
     maximize=(False, True),
 )
 ADAM_OPTIONS = combinations(
-    betas=((0.9, 0.999), (0.5, 0.95)),
+    betas=((0.9, 0.999), (0.3, 0.95), (0.0, 0.99)),
     eps=(1e-8, 1e-3),
     weight_decay=(0.0, 0.1),
     amsgrad=(False, True),

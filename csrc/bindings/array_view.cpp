@@ -47,7 +47,9 @@ std::string type_name(py::handle object) {
     const std::string type = type_name(object);
     const std::string expected = what + ": expected a numpy.ndarray, got " + type;
     if (PyList_Check(object.ptr()) || PyTuple_Check(object.ptr())) {
-        throw py::type_error(what + ": a " + type + " inside a list; pass one flat list of arrays");
+        const bool in_a_list = name.index >= 0 || name.suffix != nullptr;
+        throw py::type_error(in_a_list ? what + ": a " + type + " inside a list; pass one flat list of arrays"
+                                       : expected + "; params is one array");
     }
     if (type.rfind("jax", 0) == 0) {
         throw py::type_error(what +

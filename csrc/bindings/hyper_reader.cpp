@@ -1,6 +1,7 @@
 #include "hyper_reader.hpp"
 
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 #include <limits>
 
@@ -44,14 +45,16 @@ void check_fits_float32(std::initializer_list<Named> values) {
 double read_number(py::handle value, const char* name, const HyperSource& source) {
     if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
     if (source.step > 0 && PyCallable_Check(value.ptr())) {
-        if (!source.call_schedules) return 0.5;
+        if (!source.call_schedules) return std::strcmp(name, "dampening") == 0 ? 0.0 : 0.5;
         HyperSource result = source;
         result.step = 0;
         return read_number(value(source.step), name, result);
     }
     const double number = PyFloat_AsDouble(value.ptr());
     if (number == -1.0 && PyErr_Occurred()) {
+        const bool too_large = PyErr_ExceptionMatches(PyExc_OverflowError);
         PyErr_Clear();
+        if (too_large) throw py::value_error(source.prefix + name + ": too large for a float");
         throw py::type_error(source.prefix + name + ": expected a number" + (source.step > 0 ? " or a callable" : "") +
                              ", got " + type_name(value));
     }
@@ -65,7 +68,8 @@ bool read_flag(py::handle value, const char* name, const HyperSource& source) {
     throw py::type_error(source.prefix + name + ": expected True or False, got " + type_name(value));
 }
 
-void read_betas(py::handle value, double& beta1, double& beta2, const HyperSource& source) {
+void read_betas(py::handle value, double& beta1, double& beta2, const HyperSource& group) {
+    const HyperSource source{group.prefix};  // no schedules
     if (PyTuple_CheckExact(value.ptr()) && PyTuple_GET_SIZE(value.ptr()) == 2) {
         beta1 = read_number(PyTuple_GET_ITEM(value.ptr(), 0), "betas[0]", source);
         beta2 = read_number(PyTuple_GET_ITEM(value.ptr(), 1), "betas[1]", source);

@@ -15,7 +15,7 @@ namespace py = pybind11;
 
 // Where values come from, for errors ("", or "param_groups[1]: "), and the number of the step about to be
 // taken for values that are schedules (0: schedules are not allowed here). A schedule that is not to be
-// called stands for a number that is in every range.
+// called stands for a number that is in range.
 struct HyperSource {
     std::string prefix;
     int64_t step = 0;

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <deque>
 #include <mutex>
 #include <string>
 #include <type_traits>
@@ -18,7 +19,8 @@ enum class Structure { array, list, dict };
 
 struct Keys {
     py::str lr{"lr"}, momentum{"momentum"}, dampening{"dampening"}, nesterov{"nesterov"}, betas{"betas"}, eps{"eps"},
-        weight_decay{"weight_decay"}, maximize{"maximize"}, bias_correction{"bias_correction"}, amsgrad{"amsgrad"};
+        weight_decay{"weight_decay"}, maximize{"maximize"}, bias_correction{"bias_correction"}, amsgrad{"amsgrad"},
+        params{"params"};
 };
 
 const Keys& keys() {
@@ -28,9 +30,7 @@ const Keys& keys() {
 
 class GroupReader {
 public:
-    GroupReader(py::handle group, const HyperSource& source) : group_(group), source_(source) {
-        if (!PyDict_Check(group.ptr())) throw py::type_error(source.prefix + "expected a dict");
-    }
+    GroupReader(py::handle group, const HyperSource& source) : group_(group), source_(source) {}
 
     double number(const py::str& key, const char* name) const { return read_number(item(key, name), name, source_); }
     bool flag(const py::str& key, const char* name) const { return read_flag(item(key, name), name, source_); }
@@ -109,7 +109,7 @@ struct Parameter {
     // that is missing when the gradient is contiguous in the same order as every other array.
     Tensor tensor;
     ArrayView view;
-    std::vector<py::ssize_t> shape;
+    std::vector<py::ssize_t> shape, strides;
     PyObject* descriptor;
     int64_t bytes;
     bool c_contiguous = true, f_contiguous = true;
@@ -180,45 +180,50 @@ public:
     }
 
     // `nested`: the gradients come as a list with one entry for each group.
+    //
+    // Whatever may run Python code of the user's (schedules, keys of a dict, the end of a gradient) is done
+    // without the lock, since that code may use this optimizer.
     void step(py::handle param_groups, py::handle grads, py::handle grad_scale, bool nested) {
         const double scale = read_number(grad_scale, "grad_scale", {});
-        if (!PyList_Check(param_groups.ptr()) ||
-            PyList_GET_SIZE(param_groups.ptr()) != static_cast<py::ssize_t>(groups_.size())) {
-            throw py::value_error("param_groups: expected a list of " + std::to_string(groups_.size()) +
-                                  " groups; use add_param_group to add one");
-        }
-        // Schedules are Python code, which may use this optimizer, so they run before it is locked.
-        std::vector<Hyper> hypers;
-        hypers.reserve(groups_.size());
-        for (size_t g = 0; g < groups_.size(); ++g) hypers.push_back(read_group(param_groups, g, scale));
-
-        const std::lock_guard<Optimizer> lock(*this);
-        const struct Release {
-            std::vector<py::object>& gradients;
-            ~Release() { gradients.clear(); }
-        } release{gradients_};
-        call_.clear();
-        stepped_.clear();
-        if (nested) {
-            if (!is_list(grads)) {
-                throw py::type_error("grads: expected a list with one entry for each parameter group, got " +
-                                     std::string(Py_TYPE(grads.ptr())->tp_name));
-            }
-            if (length(grads) != static_cast<int64_t>(groups_.size())) {
-                throw py::value_error("grads: " + std::to_string(length(grads)) + " entries, but there are " +
-                                      std::to_string(groups_.size()) + " parameter groups");
-            }
+        Gathered gathered;
+        std::vector<HyperSource> sources;
+        {
+            const std::lock_guard<Optimizer> lock(*this);
+            gathered.swap(spare_);
             for (size_t g = 0; g < groups_.size(); ++g) {
-                add_group_gradients(groups_[g], item_of(grads, g), hypers[g], "grads[" + std::to_string(g) + "]");
+                const std::string prefix = groups_.size() > 1 ? "param_groups[" + std::to_string(g) + "]: " : "";
+                sources.push_back({prefix, groups_[g].latest + 1});
             }
-        } else {
-            for (size_t g = 0; g < groups_.size(); ++g) add_group_gradients(groups_[g], grads, hypers[g], "grads");
         }
-        call_.run();
-        for (const int64_t i : stepped_) {
-            int64_t& latest = groups_[parameters_[i].group].latest;
-            latest = std::max(latest, ++parameters_[i].step);
+        const std::vector<py::object> groups = group_dicts(param_groups, sources.size());
+        std::vector<Hyper> hypers;
+        hypers.reserve(groups.size());
+        for (size_t g = 0; g < groups.size(); ++g)
+            hypers.push_back(read_group(groups[g], groups_[g], scale, sources[g]));
+        gather(groups, grads, nested, gathered);
+        {
+            const std::lock_guard<Optimizer> lock(*this);
+            if (gathered.size() != parameters_.size()) {
+                throw py::value_error("param_groups: a group was added while a step was being prepared");
+            }
+            call_.clear();
+            stepped_.clear();
+            for (size_t g = 0; g < groups.size(); ++g) {
+                call_.next_hyper();
+                const Group& group = groups_[g];
+                for (int64_t i = group.first; i < group.first + group.count; ++i) {
+                    if (!gathered[i].is_none()) add_gradient(i, gathered[i], hypers[g]);
+                }
+            }
+            call_.run();
+            for (const int64_t i : stepped_) {
+                int64_t& latest = groups_[parameters_[i].group].latest;
+                latest = std::max(latest, ++parameters_[i].step);
+            }
         }
+        gathered.clear();
+        const std::lock_guard<Optimizer> lock(*this);
+        gathered.swap(spare_);
     }
 
     std::vector<int64_t> steps() const {
@@ -266,6 +271,7 @@ private:
             parameter.f_contiguous = parameter.f_contiguous && views[k].f_contiguous();
         }
         parameter.shape.assign(parameter.view.shape, parameter.view.shape + parameter.view.dimensions);
+        parameter.strides.assign(parameter.view.strides, parameter.view.strides + parameter.view.dimensions);
         parameter.descriptor = py::detail::array_proxy(parameter.object.ptr())->descr;
         parameter.bytes = parameter.tensor.size * item_size(parameter.view.dtype);
         parameters_.push_back(std::move(parameter));
@@ -288,7 +294,8 @@ private:
             ArrayView views[max_streams];
             views_of(parameter, parameter.view, views);
             for (int k = 0; k < rule_streams[parameter.rule].count; ++k) {
-                if (k != 1) owned_.push_back(extent_of(views[k], true, {roles[k], -1, &parameter.suffix}));
+                const Extent extent = extent_of(views[k], true, {roles[k], -1, &parameter.suffix});
+                if (k != 1 && extent.begin != extent.end) owned_.push_back(extent);
             }
             parameter.gap_begin = parameter.gap_end = nullptr;
         }
@@ -303,24 +310,71 @@ private:
         }
     }
 
-    Hyper read_group(py::handle param_groups, size_t g, double scale) const {
-        const Group& group = groups_[g];
-        HyperSource source;
-        if (groups_.size() > 1) source.prefix = "param_groups[" + std::to_string(g) + "]: ";
-        source.step = group.latest + 1;
-        const int rule = group.count == 0 ? -1 : parameters_[group.first].rule;
-        Hyper hyper = Family<Hyper>::read(PyList_GET_ITEM(param_groups.ptr(), g), rule, source);
+    // The groups' dicts, held: a schedule may change the list.
+    static std::vector<py::object> group_dicts(py::handle param_groups, size_t count) {
+        if (!PyList_Check(param_groups.ptr()) ||
+            PyList_GET_SIZE(param_groups.ptr()) != static_cast<py::ssize_t>(count)) {
+            throw py::value_error("param_groups: expected a list of " + std::to_string(count) +
+                                  " groups; use add_param_group to add one");
+        }
+        std::vector<py::object> groups;
+        for (size_t g = 0; g < count; ++g) {
+            groups.push_back(item_of(param_groups, g));
+            if (!PyDict_Check(groups.back().ptr())) {
+                throw py::type_error("param_groups[" + std::to_string(g) + "]: expected a dict, got " +
+                                     Py_TYPE(groups.back().ptr())->tp_name);
+            }
+        }
+        return groups;
+    }
+
+    Hyper read_group(py::handle dict, const Group& group, double scale, const HyperSource& source) const {
+        Hyper hyper = Family<Hyper>::read(dict, parameters_[group.first].rule, source);
         if constexpr (std::is_same_v<Hyper, AdamHyper>) hyper.decoupled = decoupled_;
         hyper.grad_scale = scale;
         check_hyper(hyper, source);
         return hyper;
     }
 
-    void add_group_gradients(const Group& group, py::handle grads, const Hyper& hyper, const std::string& where) {
-        call_.next_hyper();
-        gradients_.resize(parameters_.size());
+    // A gradient, or None, for each parameter.
+    using Gathered = std::vector<py::object>;
+
+    void gather(const std::vector<py::object>& groups, py::handle grads, bool nested, Gathered& gathered) const {
+        if (nested && !is_list(grads)) {
+            throw py::type_error("grads: expected a list with one entry for each parameter group, got " +
+                                 std::string(Py_TYPE(grads.ptr())->tp_name));
+        }
+        if (nested && length(grads) != static_cast<int64_t>(groups.size())) {
+            throw py::value_error("grads: " + std::to_string(length(grads)) + " entries, but there are " +
+                                  std::to_string(groups.size()) + " parameter groups");
+        }
+        for (size_t g = 0; g < groups.size(); ++g) {
+            check_same_params(groups[g], groups_[g], g);
+            if (nested) {
+                gather_group(groups_[g], item_of(grads, g), "grads[" + std::to_string(g) + "]", gathered);
+            } else {
+                gather_group(groups_[g], grads, "grads", gathered);
+            }
+        }
+    }
+
+    // A step updates the arrays that the optimizer was made with; exchanging one in the dict must not go unseen.
+    void check_same_params(py::handle dict, const Group& group, size_t g) const {
+        PyObject* const params = PyDict_GetItemWithError(dict.ptr(), keys().params.ptr());
+        bool same = params != nullptr && PyList_Check(params) && PyList_GET_SIZE(params) == group.count;
+        for (int64_t i = 0; same && i < group.count; ++i) {
+            same = PyList_GET_ITEM(params, i) == parameters_[group.first + i].object.ptr();
+        }
+        if (!same) {
+            throw py::value_error("param_groups[" + std::to_string(g) +
+                                  "]['params']: not the arrays that the optimizer was made with; make a new optimizer "
+                                  "and load this one's state_dict()");
+        }
+    }
+
+    void gather_group(const Group& group, py::handle grads, const std::string& where, Gathered& gathered) const {
         if (group.structure == Structure::array) {
-            gradients_[group.first] = py::reinterpret_borrow<py::object>(grads);
+            gathered.push_back(py::reinterpret_borrow<py::object>(grads));
         } else if (group.structure == Structure::list) {
             if (!is_list(grads)) {
                 throw py::type_error(where + ": expected a list of arrays, as the parameters are, got " +
@@ -330,28 +384,26 @@ private:
                 throw py::value_error(where + ": " + std::to_string(length(grads)) + " arrays, but there are " +
                                       std::to_string(group.count) + " parameters");
             }
-            for (int64_t i = 0; i < group.count; ++i) gradients_[group.first + i] = item_of(grads, i);
+            for (int64_t i = 0; i < group.count; ++i) gathered.push_back(item_of(grads, i));
         } else {
-            read_dict(group, grads, where);
-        }
-        for (int64_t i = group.first; i < group.first + group.count; ++i) {
-            if (!gradients_[i].is_none()) add_gradient(i, hyper);
+            gather_dict(group, grads, where, gathered);
         }
     }
 
-    void read_dict(const Group& group, py::handle grads, const std::string& where) {
+    void gather_dict(const Group& group, py::handle grads, const std::string& where, Gathered& gathered) const {
         if (!PyDict_Check(grads.ptr())) {
             throw py::type_error(where + ": expected a dict of arrays by name, as the parameters are, got " +
                                  Py_TYPE(grads.ptr())->tp_name);
         }
         for (int64_t i = group.first; i < group.first + group.count; ++i) {
-            const Parameter& parameter = parameters_[i];
-            PyObject* const gradient = PyDict_GetItemWithError(grads.ptr(), parameter.key.ptr());
+            const py::object& key = parameters_[i].key;
+            PyObject* const gradient = PyDict_GetItemWithError(grads.ptr(), key.ptr());
             if (gradient == nullptr) {
-                throw py::value_error(where + ": no gradient for parameter " + std::string(py::repr(parameter.key)) +
+                if (PyErr_Occurred()) throw py::error_already_set();
+                throw py::value_error(where + ": no gradient for parameter " + std::string(py::repr(key)) +
                                       "; give None to leave it as it is");
             }
-            gradients_[i] = py::reinterpret_borrow<py::object>(gradient);
+            gathered.push_back(py::reinterpret_borrow<py::object>(gradient));
         }
         if (PyDict_Size(grads.ptr()) == group.count) return;
         for (const auto& item : py::reinterpret_borrow<py::dict>(grads)) {
@@ -365,13 +417,13 @@ private:
         }
     }
 
-    void add_gradient(int64_t i, const Hyper& hyper) {
+    void add_gradient(int64_t i, py::handle gradient, const Hyper& hyper) {
         Parameter& parameter = parameters_[i];
         Tensor tensor = parameter.tensor;
-        if (is_as_before(parameter, gradients_[i])) {
-            tensor.streams[1] = py::detail::array_proxy(gradients_[i].ptr())->data;
+        if (is_as_before(parameter, gradient)) {
+            tensor.streams[1] = py::detail::array_proxy(gradient.ptr())->data;
         } else {
-            tensor = checked_tensor(parameter, gradients_[i]);
+            tensor = checked_tensor(parameter, gradient);
         }
         tensor.scalars = call_.scalars_of(hyper, parameter.step + 1, parameter.view.dtype);
         call_.add(parameter.rule, parameter.view.dtype, tensor);
@@ -425,7 +477,14 @@ private:
         const char* before_end = nullptr;
         for (auto owned = after; owned != owned_.begin();) {
             --owned;
-            if (share_memory(*owned, extent)) throw_overlap(*owned, extent);
+            if (share_memory(*owned, extent)) {
+                // It may be memory that a parameter has left.
+                for (const Parameter& other : parameters_) {
+                    const ArrayView p = view_array(other.object, {"params", -1, &other.suffix});
+                    if (!unchanged(other, p)) throw_changed(other, p);
+                }
+                throw_overlap(*owned, extent);
+            }
             before_end = std::max(before_end, owned->end);
             if (owned_dense_) break;
         }
@@ -439,8 +498,9 @@ private:
             p.dtype != then.dtype) {
             return false;
         }
+        const bool dense = p.c_contiguous() || p.f_contiguous();
         for (int d = 0; d < p.dimensions; ++d) {
-            if (p.shape[d] != parameter.shape[d]) return false;
+            if (p.shape[d] != parameter.shape[d] || (!dense && p.strides[d] != parameter.strides[d])) return false;
         }
         return true;
     }
@@ -455,15 +515,16 @@ private:
 
     const bool decoupled_;
     std::mutex mutex_;
-    std::vector<Parameter> parameters_;
-    std::vector<Group> groups_;
+    // Deques, so that what a step has a reference to stays where it is when a group is added.
+    std::deque<Parameter> parameters_;
+    std::deque<Group> groups_;
     std::vector<Extent> owned_;  // all that a step may write, by address
     bool owned_dense_ = true;
 
     // Of the step in progress; kept for their memory.
     StepCall call_;
-    std::vector<py::object> gradients_;
     std::vector<int64_t> stepped_;
+    Gathered spare_;
 };
 
 template <class Hyper>

@@ -12,7 +12,10 @@ struct AdamScalars {
     T grad_scale;    // negative when maximising
     T weight_decay;  // L2, added to the gradient; 0 is off
     T param_decay;   // decoupled: 1 - lr * weight_decay; 1 is off
-    T one_minus_beta1;
+    // m moves by (1 - beta1) of its way to the gradient. For a small beta1 that is counted from the gradient's
+    // end, as torch.lerp does: the gradient has lost less to cancellation there (and nothing when beta1 is 0).
+    T moment_weight;  // 1 - beta1, or -beta1
+    bool moment_from_gradient;
     T beta2;
     T one_minus_beta2;
     T inv_sqrt_correction;  // 1 / sqrt(1 - beta2^t)
@@ -24,7 +27,9 @@ template <class V, class Scalars>
 FUSEDSTEP_INLINE void update_moments(V& p, const V& g, V& m, V& v, const Scalars& s) {
     const V scaled = scaled_gradient(p, g, s);
     p = V(s.param_decay) * p;
-    m = fma(V(s.one_minus_beta1), scaled - m, m);
+    const V difference = scaled - m;
+    if (s.moment_from_gradient) m = scaled;
+    m = fma(V(s.moment_weight), difference, m);
     v = fma(V(s.one_minus_beta2) * scaled, scaled, V(s.beta2) * v);
 }
 

@@ -95,7 +95,8 @@ AdamScalars<T> scalars(const AdamHyper& hyper, int64_t step) {
     s.grad_scale = static_cast<T>(hyper.maximize ? -hyper.grad_scale : hyper.grad_scale);
     s.weight_decay = static_cast<T>(hyper.decoupled ? 0.0 : hyper.weight_decay);
     s.param_decay = static_cast<T>(hyper.decoupled ? 1.0 - hyper.lr * hyper.weight_decay : 1.0);
-    s.one_minus_beta1 = static_cast<T>(1.0 - hyper.beta1);
+    s.moment_from_gradient = hyper.beta1 < 0.5;
+    s.moment_weight = static_cast<T>(s.moment_from_gradient ? -hyper.beta1 : 1.0 - hyper.beta1);
     s.beta2 = static_cast<T>(hyper.beta2);
     s.one_minus_beta2 = static_cast<T>(1.0 - hyper.beta2);
     s.inv_sqrt_correction = static_cast<T>(1.0 / std::sqrt(correction2));

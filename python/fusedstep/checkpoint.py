@@ -31,14 +31,14 @@ def save_state(optimizer: str, state_dict: Mapping[str, Any], path: str | os.Pat
                 tensors[f"{index}.{key}"] = np.ascontiguousarray(value).reshape(np.shape(value))
     description = json.dumps(
         {"optimizer": optimizer, "steps": steps, "param_groups": state_dict["param_groups"]},
-        default=lambda value: value.item(),
+        default=_plain_number,
     )
     metadata = {
         "format": FORMAT,
         "description": description,
         "sha256": _digest(description, tensors),
     }
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # through a link, as open() would write
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         os.close(handle)
@@ -58,6 +58,7 @@ def save_state(optimizer: str, state_dict: Mapping[str, Any], path: str | os.Pat
 def load_state(optimizer: str, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what `save_state` wrote, or raise ValueError."""
     safetensors = _safetensors()
+    open(path, "rb").close()  # a file that cannot be read is told apart from a damaged one
     try:
         with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -91,8 +92,13 @@ def _digest(description: str, tensors: Mapping[str, NDArray[Any]]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype.str} {tensor.shape}".encode())
-        digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _plain_number(value: Any) -> bool | float:
+    """Return what JSON can hold of a hyper-parameter: a NumPy scalar, a Fraction."""
+    return bool(value) if isinstance(value, np.bool_) else float(value)
 
 
 def _safetensors() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -98,6 +98,8 @@ class Optimizer:
         added = {**self.defaults, **group, "params": params}
         if structure == "dict":
             added["param_names"] = names
+        elif "param_names" in group:
+            raise TypeError(f"param_groups[{number}]: names are given by params as a dict")
         keys = self._state_keys(added)
         self._native.check_group(added, number, len(keys))
         suffixes = _suffixes(structure, names, f"[{number}]" if self._grads_by_group else "")
@@ -181,6 +183,12 @@ class Optimizer:
             It does not fit this optimizer. Nothing was changed.
         """
         groups, arrays, steps = self._checked_state(state_dict)
+        # A state_dict holds live arrays: this optimizer's own must be read before they are written.
+        own_memory = {id(array.base) for own in self._arrays for array in own.values()}
+        arrays = [
+            {key: a.copy() if id(a.base) in own_memory else a for key, a in saved.items()}
+            for saved in arrays
+        ]
         for own, saved in zip(self._arrays, arrays, strict=True):
             for key, array in own.items():
                 array[...] = saved[key]
@@ -239,15 +247,15 @@ class Optimizer:
     def _checked_entry(
         self, entry: Mapping[str, Any], param: Array, group: Mapping[str, Any], where: str
     ) -> tuple[Mapping[str, Any], int]:
-        step = entry.get("step")
-        if step is None or int(step) != step or step < 0:
-            raise ValueError(f"{where}: step: expected an integer >= 0, got {step!r}")
+        if not isinstance(entry, Mapping):
+            raise TypeError(f"{where}: expected a dict, got {type(entry).__name__}")
+        step = _checked_step(entry.get("step"), where)
         keys = self._state_keys(group)
         extra = entry.keys() - set(keys) - {"step"}
         if extra:
             raise ValueError(f"{where}: {min(extra)!r} is no state of this {type(self).__name__}")
         if step == 0 and not entry.keys() & set(keys):
-            return dict.fromkeys(keys, 0), 0
+            return dict.fromkeys(keys, np.zeros((), param.dtype)), 0
         for key in keys:
             if key not in entry:
                 raise ValueError(f"{where}: no {key!r}")
@@ -261,7 +269,7 @@ class Optimizer:
                 raise TypeError(
                     f"{where}[{key!r}]: {array.dtype}, but its parameter is {param.dtype}"
                 )
-        return entry, int(step)
+        return {key: np.asarray(entry[key]) for key in keys}, step
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write state and hyper-parameters to a safetensors file, whole or not at all.
@@ -409,7 +417,8 @@ class GD(Optimizer):
     @staticmethod
     def _state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
         momentum = group["momentum"]
-        return ("momentum_buffer",) if callable(momentum) or momentum != 0 else ()
+        never = isinstance(momentum, int | float | np.number) and momentum == 0
+        return () if never else ("momentum_buffer",)
 
     @staticmethod
     def _make_native() -> Any:
@@ -542,7 +551,7 @@ class AdamW(Adam):
         return _core.AdamOptimizer(decoupled=True)
 
 
-def _are_groups(params: Any) -> bool:
+def _are_groups(params: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     return (
         isinstance(params, list | tuple)
         and len(params) > 0
@@ -584,6 +593,16 @@ def _zeros_like(param: Array) -> Array:
     _core.fill_zero(memory)
     offset = -memory.__array_interface__["data"][0] % cache_line
     return np.ndarray(param.shape, param.dtype, memory, offset, strides)
+
+
+def _checked_step(step: Any, where: str) -> int:
+    try:
+        number = int(step)
+        if number == step and 0 <= number < 2**62:
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{where}: step: expected an integer from 0 to 2**62, got {step!r}")
 
 
 def _matched_indices(own: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> list[int]:

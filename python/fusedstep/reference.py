@@ -168,10 +168,10 @@ def ulp_error(result: Array, exact: Array, scale: Array | None = None) -> Array:
     # Written out, since np.spacing overflows at the largest finite number.
     limits = np.finfo(dtype)
     exponent = np.frexp(magnitude)[1] - 1
-    exponent[(magnitude == 0) | (exponent < limits.minexp)] = limits.minexp
+    exponent = np.where(magnitude == 0, limits.minexp, np.maximum(exponent, limits.minexp))
     unit = np.ldexp(wide.type(1), exponent - limits.nmant)
     with np.errstate(invalid="ignore"):
-        error: Array = np.abs(result - exact) / unit
-    error[~(np.isfinite(result) & np.isfinite(exact))] = np.inf
-    error[(result == exact) | (np.isnan(result) & np.isnan(exact))] = 0
-    return error.astype(np.float64)
+        error = np.abs(result - exact) / unit
+    same = (result == exact) | (np.isnan(result) & np.isnan(exact))
+    comparable = np.isfinite(result) & np.isfinite(exact)
+    return np.where(same, 0.0, np.where(comparable, error, np.inf)).astype(np.float64)

@@ -1,0 +1,72 @@
+from collections.abc import Mapping
+from typing import Any, Literal, final
+
+from numpy.typing import NDArray
+
+__version__: str
+
+# Arrays and numbers are checked by the module itself, with errors that name the argument.
+def gd_step(
+    params: object,
+    grads: object,
+    momentum_buffer: object,
+    step: object,
+    lr: object,
+    momentum: object,
+    dampening: object,
+    nesterov: object,
+    weight_decay: object,
+    maximize: object,
+    grad_scale: object,
+    /,
+) -> None: ...
+def adam_step(
+    params: object,
+    grads: object,
+    exp_avg: object,
+    exp_avg_sq: object,
+    max_exp_avg_sq: object,
+    step: object,
+    lr: object,
+    betas: object,
+    eps: object,
+    weight_decay: object,
+    bias_correction: object,
+    maximize: object,
+    grad_scale: object,
+    decoupled: bool,
+    /,
+) -> None: ...
+
+class _Optimizer:
+    steps: list[int]
+    def __init__(self, decoupled: bool = False) -> None: ...
+    def add_group(
+        self,
+        structure: Literal["array", "list", "dict"] | str,
+        params: list[NDArray[Any]],
+        keys: list[str | None],
+        state: list[list[NDArray[Any]]],
+        suffixes: list[str],
+        /,
+    ) -> None: ...
+    def check_group(self, group: Mapping[str, Any], number: int, state_arrays: int, /) -> None: ...
+    def step(
+        self, param_groups: object, grads: object, grad_scale: object, nested: bool, /
+    ) -> None: ...
+
+@final
+class GdOptimizer(_Optimizer): ...
+
+@final
+class AdamOptimizer(_Optimizer): ...
+
+def check_parameter(param: object, suffix: str, /) -> None: ...
+def config() -> dict[str, Any]: ...
+def available_isas() -> tuple[str, ...]: ...
+def get_isa() -> str: ...
+def set_isa(name: str, /) -> None: ...
+def get_num_threads() -> int: ...
+def set_num_threads(count: object, /) -> None: ...
+def cgroup_cpu_limit(membership: str, root: str, /) -> int: ...
+def fill_zero(array: NDArray[Any], /) -> None: ...
