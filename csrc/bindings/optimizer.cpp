@@ -185,45 +185,30 @@ public:
     // without the lock, since that code may use this optimizer.
     void step(py::handle param_groups, py::handle grads, py::handle grad_scale, bool nested) {
         const double scale = read_number(grad_scale, "grad_scale", {});
-        Gathered gathered;
-        std::vector<HyperSource> sources;
+        Preparation prepared;
         {
             const std::lock_guard<Optimizer> lock(*this);
-            gathered.swap(spare_);
+            std::swap(prepared, spare_);
             for (size_t g = 0; g < groups_.size(); ++g) {
                 const std::string prefix = groups_.size() > 1 ? "param_groups[" + std::to_string(g) + "]: " : "";
-                sources.push_back({prefix, groups_[g].latest + 1});
+                prepared.sources.push_back({prefix, groups_[g].latest + 1});
             }
         }
-        const std::vector<py::object> groups = group_dicts(param_groups, sources.size());
-        std::vector<Hyper> hypers;
-        hypers.reserve(groups.size());
-        for (size_t g = 0; g < groups.size(); ++g)
-            hypers.push_back(read_group(groups[g], groups_[g], scale, sources[g]));
-        gather(groups, grads, nested, gathered);
+        hold_dicts(param_groups, prepared);
+        for (size_t g = 0; g < prepared.dicts.size(); ++g) {
+            prepared.hypers.push_back(read_group(prepared.dicts[g], groups_[g], scale, prepared.sources[g]));
+        }
+        gather(grads, nested, prepared);
         {
             const std::lock_guard<Optimizer> lock(*this);
-            if (gathered.size() != parameters_.size()) {
+            if (prepared.gradients.size() != parameters_.size()) {
                 throw py::value_error("param_groups: a group was added while a step was being prepared");
             }
-            call_.clear();
-            stepped_.clear();
-            for (size_t g = 0; g < groups.size(); ++g) {
-                call_.next_hyper();
-                const Group& group = groups_[g];
-                for (int64_t i = group.first; i < group.first + group.count; ++i) {
-                    if (!gathered[i].is_none()) add_gradient(i, gathered[i], hypers[g]);
-                }
-            }
-            call_.run();
-            for (const int64_t i : stepped_) {
-                int64_t& latest = groups_[parameters_[i].group].latest;
-                latest = std::max(latest, ++parameters_[i].step);
-            }
+            run(prepared);
         }
-        gathered.clear();
+        prepared.clear();
         const std::lock_guard<Optimizer> lock(*this);
-        gathered.swap(spare_);
+        std::swap(prepared, spare_);
     }
 
     std::vector<int64_t> steps() const {
@@ -310,22 +295,53 @@ private:
         }
     }
 
-    // The groups' dicts, held: a schedule may change the list.
-    static std::vector<py::object> group_dicts(py::handle param_groups, size_t count) {
+    // What a step has read of Python before it takes the lock.
+    struct Preparation {
+        std::vector<HyperSource> sources;  // of each group, as the rest
+        std::vector<py::object> dicts;     // held: a schedule may change the list
+        std::vector<Hyper> hypers;
+        std::vector<py::object> gradients;  // of each parameter, or None
+
+        void clear() {
+            sources.clear();
+            dicts.clear();
+            hypers.clear();
+            gradients.clear();
+        }
+    };
+
+    void run(const Preparation& prepared) {
+        call_.clear();
+        stepped_.clear();
+        for (size_t g = 0; g < prepared.hypers.size(); ++g) {
+            call_.next_hyper();
+            const Group& group = groups_[g];
+            for (int64_t i = group.first; i < group.first + group.count; ++i) {
+                if (!prepared.gradients[i].is_none()) add_gradient(i, prepared.gradients[i], prepared.hypers[g]);
+            }
+        }
+        call_.run();
+        for (const int64_t i : stepped_) {
+            int64_t& latest = groups_[parameters_[i].group].latest;
+            latest = std::max(latest, ++parameters_[i].step);
+        }
+    }
+
+    static void hold_dicts(py::handle param_groups, Preparation& prepared) {
+        const size_t count = prepared.sources.size();
         if (!PyList_Check(param_groups.ptr()) ||
             PyList_GET_SIZE(param_groups.ptr()) != static_cast<py::ssize_t>(count)) {
             throw py::value_error("param_groups: expected a list of " + std::to_string(count) +
                                   " groups; use add_param_group to add one");
         }
-        std::vector<py::object> groups;
         for (size_t g = 0; g < count; ++g) {
-            groups.push_back(item_of(param_groups, g));
-            if (!PyDict_Check(groups.back().ptr())) {
+            prepared.dicts.push_back(item_of(param_groups, g));
+            const py::handle dict = prepared.dicts.back();
+            if (!PyDict_Check(dict.ptr())) {
                 throw py::type_error("param_groups[" + std::to_string(g) + "]: expected a dict, got " +
-                                     Py_TYPE(groups.back().ptr())->tp_name);
+                                     Py_TYPE(dict.ptr())->tp_name);
             }
         }
-        return groups;
     }
 
     Hyper read_group(py::handle dict, const Group& group, double scale, const HyperSource& source) const {
@@ -336,24 +352,23 @@ private:
         return hyper;
     }
 
-    // A gradient, or None, for each parameter.
-    using Gathered = std::vector<py::object>;
-
-    void gather(const std::vector<py::object>& groups, py::handle grads, bool nested, Gathered& gathered) const {
+    void gather(py::handle grads, bool nested, Preparation& prepared) const {
+        const size_t count = prepared.dicts.size();
         if (nested && !is_list(grads)) {
             throw py::type_error("grads: expected a list with one entry for each parameter group, got " +
                                  std::string(Py_TYPE(grads.ptr())->tp_name));
         }
-        if (nested && length(grads) != static_cast<int64_t>(groups.size())) {
+        if (nested && length(grads) != static_cast<int64_t>(count)) {
             throw py::value_error("grads: " + std::to_string(length(grads)) + " entries, but there are " +
-                                  std::to_string(groups.size()) + " parameter groups");
+                                  std::to_string(count) + " parameter groups");
         }
-        for (size_t g = 0; g < groups.size(); ++g) {
-            check_same_params(groups[g], groups_[g], g);
+        for (size_t g = 0; g < count; ++g) {
+            check_same_params(prepared.dicts[g], groups_[g], g);
             if (nested) {
-                gather_group(groups_[g], item_of(grads, g), "grads[" + std::to_string(g) + "]", gathered);
+                gather_group(groups_[g], item_of(grads, g), ("grads[" + std::to_string(g) + "]").c_str(),
+                             prepared.gradients);
             } else {
-                gather_group(groups_[g], grads, "grads", gathered);
+                gather_group(groups_[g], grads, "grads", prepared.gradients);
             }
         }
     }
@@ -372,17 +387,18 @@ private:
         }
     }
 
-    void gather_group(const Group& group, py::handle grads, const std::string& where, Gathered& gathered) const {
+    void gather_group(const Group& group, py::handle grads, const char* where,
+                      std::vector<py::object>& gathered) const {
         if (group.structure == Structure::array) {
             gathered.push_back(py::reinterpret_borrow<py::object>(grads));
         } else if (group.structure == Structure::list) {
             if (!is_list(grads)) {
-                throw py::type_error(where + ": expected a list of arrays, as the parameters are, got " +
+                throw py::type_error(std::string(where) + ": expected a list of arrays, as the parameters are, got " +
                                      Py_TYPE(grads.ptr())->tp_name);
             }
             if (length(grads) != group.count) {
-                throw py::value_error(where + ": " + std::to_string(length(grads)) + " arrays, but there are " +
-                                      std::to_string(group.count) + " parameters");
+                throw py::value_error(std::string(where) + ": " + std::to_string(length(grads)) +
+                                      " arrays, but there are " + std::to_string(group.count) + " parameters");
             }
             for (int64_t i = 0; i < group.count; ++i) gathered.push_back(item_of(grads, i));
         } else {
@@ -390,9 +406,10 @@ private:
         }
     }
 
-    void gather_dict(const Group& group, py::handle grads, const std::string& where, Gathered& gathered) const {
+    void gather_dict(const Group& group, py::handle grads, const char* where, std::vector<py::object>& gathered) const {
         if (!PyDict_Check(grads.ptr())) {
-            throw py::type_error(where + ": expected a dict of arrays by name, as the parameters are, got " +
+            throw py::type_error(std::string(where) +
+                                 ": expected a dict of arrays by name, as the parameters are, got " +
                                  Py_TYPE(grads.ptr())->tp_name);
         }
         for (int64_t i = group.first; i < group.first + group.count; ++i) {
@@ -400,7 +417,7 @@ private:
             PyObject* const gradient = PyDict_GetItemWithError(grads.ptr(), key.ptr());
             if (gradient == nullptr) {
                 if (PyErr_Occurred()) throw py::error_already_set();
-                throw py::value_error(where + ": no gradient for parameter " + std::string(py::repr(key)) +
+                throw py::value_error(std::string(where) + ": no gradient for parameter " + std::string(py::repr(key)) +
                                       "; give None to leave it as it is");
             }
             gathered.push_back(py::reinterpret_borrow<py::object>(gradient));
@@ -412,7 +429,8 @@ private:
                 known = item.first.equal(parameters_[i].key);
             }
             if (!known) {
-                throw py::value_error(where + ": " + std::string(py::repr(item.first)) + " is not a parameter");
+                throw py::value_error(std::string(where) + ": " + std::string(py::repr(item.first)) +
+                                      " is not a parameter");
             }
         }
     }
@@ -524,7 +542,7 @@ private:
     // Of the step in progress; kept for their memory.
     StepCall call_;
     std::vector<int64_t> stepped_;
-    Gathered spare_;
+    Preparation spare_;
 };
 
 template <class Hyper>
