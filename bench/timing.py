@@ -21,6 +21,8 @@ class Timing:
 
 
 # Threads of the contender before may go on spinning for some milliseconds in wait of more work.
+# The rest is spent awake: after a sleep the scheduler may wake the threads of the next contender on
+# this thread's own processor.
 REST = 0.01
 
 
@@ -40,14 +42,20 @@ def interleaved(contenders: Mapping[str, Step], budget: float) -> dict[str, Timi
         for i in range(rounds):
             for j in range(len(names)):
                 name = names[(i + j) % len(names)]
-                time.sleep(REST)
+                _rest()
                 # Off the clock: caches and threads as the contender's own last steps left them.
-                _timed(contenders[name], max(1, calls[name] // 4))
+                _timed(contenders[name], calls[name])
                 samples[name].append(_timed(contenders[name], calls[name]))
     finally:
         if collecting:
             gc.enable()
     return {name: _summary(samples[name], calls[name]) for name in names}
+
+
+def _rest() -> None:
+    end = time.perf_counter() + REST
+    while time.perf_counter() < end:
+        pass
 
 
 def _timed(step: Step, calls: int) -> float:
