@@ -21,7 +21,7 @@ constexpr int64_t least_waking_bytes = 4 * 1024 * 1024;
 
 // A chunk is long enough to hide the cost of taking it and short enough to balance the threads.
 constexpr int64_t least_chunk = 8 * 1024;
-constexpr int64_t most_chunk = 64 * 1024;
+constexpr int64_t most_chunk = 32 * 1024;
 
 // Calls body(from, to) for pieces of [0, elements).
 template <class Body>
@@ -31,7 +31,7 @@ void parallel_for(int64_t elements, int64_t bytes, const Body& body) {
         body(0, elements);
         return;
     }
-    const int64_t chunk = std::clamp(elements / (threads * 4), least_chunk, most_chunk);
+    const int64_t chunk = std::clamp(elements / (threads * 8), least_chunk, most_chunk);
     const int64_t chunks = (elements + chunk - 1) / chunk;
     const bool worth_waking = bytes >= least_waking_bytes;
     ThreadPool::instance().run(threads, chunks, worth_waking,
