@@ -70,6 +70,9 @@ def main(args: argparse.Namespace) -> int:
     record: dict[str, Any] = {"date": datetime.date.today().isoformat(), **machine.describe()}
     console.print(f"{record['cpu']}, {record['threads']} threads, {record['isa']}")
 
+    # First, before what the peers load can stand in the way.
+    record["memory"] = run_memory(1_000_000 if args.quick else 64_000_000, console.print)
+
     record["peers"] = {}
 
     def report(name: str, status: str) -> None:
@@ -89,7 +92,6 @@ def main(args: argparse.Namespace) -> int:
     record["denormals"] = [
         run_denormals(n, console.print) for n in (100_000, 64_000_000) if n <= limit
     ]
-    record["memory"] = run_memory(1_000_000 if args.quick else 64_000_000, console.print)
     record["sweep"] = [
         run_case(one_array(1 << power), peers, console.print, budget=0.15)
         for power in range(5, 27, 5 if args.quick else 1)
