@@ -2,6 +2,7 @@
 
 import os
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,39 @@ def cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+class Others:
+    """How many processors the rest of the machine keeps busy, on average since this was made."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    def processors(self) -> float | None:
+        if self.start is None:
+            return None
+        wall, others = (b - a for a, b in zip(self.start, self._now() or self.start, strict=True))
+        return max(0.0, others / wall) if wall else 0.0
+
+    def _now(self) -> tuple[float, float] | None:
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return None
+        user, nice, system, _, _, irq, softirq, steal = map(int, fields)
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy - time.process_time()
+
+
+def available_memory() -> int | None:
+    """Return the bytes that can be taken without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
 
 
 def describe() -> dict[str, Any]:

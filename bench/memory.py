@@ -1,6 +1,7 @@
 """How much memory a step takes beyond its arrays."""
 
 import ctypes
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,20 +42,24 @@ def heap_growth(step: Step, steps: int) -> int | None:
 def peak_growth(step: Step) -> int | None:
     """Return by how many bytes a step lifts the peak of the process's resident memory."""
     try:
-        known = 64 << 20
-        seen = _peak_of(lambda: bytearray(known))
-        # A process in which the peak does not show what is known to be taken tells nothing of a step.
-        return _peak_of(step) if seen >= known // 2 else None
+        step()
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _status("VmRSS")
+        step()
+        return _status("VmHWM") - before
     except OSError:
         return None
 
 
-def _peak_of(step: Step) -> int:
+def python_peak(step: Step) -> int:
+    """Return the most bytes a step holds at one time through Python's and NumPy's allocators."""
     step()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("VmRSS")
-    step()
-    return _status("VmHWM") - before
+    tracemalloc.start()
+    try:
+        step()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def _status(field: str) -> int:

@@ -214,21 +214,23 @@ class TorchRaw(Torch):
         torch = self.torch
         p, g = self.tensors(params), self.tensors(grads)
         m, v = ([torch.zeros_like(x) for x in p] for _ in range(2))
-        steps = [torch.zeros(()) for _ in p]
+        # One counter for all, set through NumPy: torch's own addition takes longer than the step.
+        counter = np.zeros((), np.float32)
+        steps = [torch.from_numpy(counter)] * len(p)
         options = {
             "lr": LR, "beta1": B1, "beta2": B2, "weight_decay": 0.0, "eps": EPS, "amsgrad": False,
             "maximize": False, "grad_scale": None, "found_inf": None,
         }  # fmt: skip
-        one = len(p) == 1
+        op = torch._fused_adam_
+        t = 0
 
         def adam() -> None:
-            if one:
-                steps[0] += 1
-            else:
-                torch._foreach_add_(steps, 1)
-            torch._fused_adam_(p, g, m, v, [], steps, **options)
+            nonlocal t
+            t += 1
+            counter[()] = t
+            op(p, g, m, v, [], steps, **options)
 
-        return torch.no_grad()(adam), lambda: params
+        return adam, lambda: params
 
 
 class Optax(Peer):

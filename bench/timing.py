@@ -33,7 +33,7 @@ def interleaved(contenders: Mapping[str, Step], budget: float) -> dict[str, Timi
     """
     calls = {name: _calibrated(step) for name, step in contenders.items()}
     once = sum(_timed(step, calls[name]) * calls[name] for name, step in contenders.items())
-    rounds = max(5, min(60, int(budget * len(contenders) / (once + REST * len(contenders)))))
+    rounds = max(9, min(60, int(budget * len(contenders) / (once + REST * len(contenders)))))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     collecting = gc.isenabled()
