@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 @contextmanager
 def assert_unchanged(*arrays: NDArray[Any]) -> Iterator[None]:
-    """Fail unless the block leaves every byte of `arrays` as it is."""
+    """Fail unless the block leaves every byte of `arrays` as it is, also where it raises."""
     before = [array.tobytes() for array in arrays]
-    yield
-    for i, (array, old) in enumerate(zip(arrays, before, strict=True)):
-        assert array.tobytes() == old, f"array {i} was written"
+    try:
+        yield
+    finally:
+        for i, (array, old) in enumerate(zip(arrays, before, strict=True)):
+            assert array.tobytes() == old, f"array {i} was written"
 
 
 def combinations(**choices: tuple[Any, ...]) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """Bad input: the error names the argument and nothing is written. Unusual good input works."""
 
 import gc
+import os
+import subprocess
 import sys
 from contextlib import contextmanager
 
@@ -544,10 +546,10 @@ def test_optimizer_refuses_overlap(rule):
 def test_optimizer_refuses_a_gradient_around_an_empty_parameter(rule):
     make, own = OPTIMIZERS[rule]
     flat = random(12)
-    optimizer = make([flat[:10], flat[5:5]], **own)
+    optimizer = make([flat[:10], flat[5:6][:0]], **own)
     with refused_by(optimizer, ValueError, "params[0]", "grads[0]"):
         optimizer.step([flat[1:11], np.empty(0, np.float32)])
-    optimizer = make([flat[:3], flat[4:10], flat[5:5]], **own)
+    optimizer = make([flat[:3], flat[4:10], flat[5:6][:0]], **own)
     with refused_by(optimizer, ValueError, "params[1]", "grads[0]"):
         optimizer.step([flat[6:9], random(6), np.empty(0, np.float32)])
 
@@ -722,6 +724,106 @@ def test_optimizer_accepts(rule, case, tmp_path):
         other = expected.state[0][key]
         assert np.shape(value) == np.shape(other)
         assert np.array_equal(value, other)
+
+
+@every_rule
+def test_an_empty_array_inside_another_overlaps_with_nothing(rule):
+    flat = random(12)
+    inside = flat[5:6][:0]
+    assert inside.ctypes.data == flat.ctypes.data + 20
+    # Interleaved columns make the check look at every pair.
+    matrix = random((6, len(RULES[rule][1])))
+    arrays = {
+        role: [flat if role == "params" else random(12), inside, matrix[:, i]]
+        for i, role in enumerate(RULES[rule][1])
+    }
+    take(rule, arrays)
+    make, own = OPTIMIZERS[rule]
+    optimizer = make([flat, np.empty(0, np.float32)], **own)
+    optimizer.step([random(12), inside])
+
+
+# Code of the user's that runs while a call is being checked, in a process of its own: it may crash
+# or hang.
+HOSTILE = {
+    "a key's comparison shortens the list of groups": """
+class Key(str):
+    def __hash__(self):
+        return hash("w")
+
+    def __eq__(self, other):
+        del grads[1:]
+        return str.__eq__(self, other)
+
+optimizer = fs.GD([{"params": {"w": ones(4)}}, *({"params": ones(4)} for _ in range(50))])
+grads = [{Key("w"): ones(4)}, *(ones(4) for _ in range(50))]
+with pytest.raises((IndexError, ValueError)):
+    optimizer.step(grads)
+assert {entry["step"] for entry in optimizer.state.values()} == {0}
+""",
+    "a key's comparison empties the dict": """
+class Key:
+    def __hash__(self):
+        return 12345
+
+    def __eq__(self, other):
+        grads.clear()
+        return False
+
+optimizer = fs.GD({"w": ones(4)})
+grads = {"w": ones(4)}
+grads[Key()] = ones(4)
+with pytest.raises(ValueError, match="is not a parameter"):
+    optimizer.step(grads)
+""",
+    "a gradient's attribute steps its optimizer": """
+class Gradient:
+    @property
+    def __cuda_array_interface__(self):
+        optimizer.step(ones(4))
+
+optimizer = fs.GD(ones(4))
+with pytest.raises((TypeError, RuntimeError)):
+    optimizer.step(Gradient())
+optimizer.step(ones(4))
+""",
+    "a gradient's attribute loads into its optimizer": """
+class Gradient:
+    @property
+    def __cuda_array_interface__(self):
+        optimizer.load_state_dict(optimizer.state_dict())
+
+optimizer = fs.GD(ones(4))
+with pytest.raises((TypeError, RuntimeError)):
+    optimizer.step(Gradient())
+optimizer.step(ones(4))
+""",
+    "a step's __index__ frees an array": """
+class Step:
+    def __index__(self):
+        params[0].resize(0, refcheck=False)
+        return 1
+
+params = [ones(4096), ones(4)]
+with pytest.raises(ValueError, match="shape"):
+    fs.gd_step(params, [ones(4096), ones(4)], step=[1, Step()])
+""",
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_code_neither_crashes_nor_hangs(case):
+    setting = "import numpy as np, pytest, fusedstep as fs\n"
+    setting += "ones = lambda n: np.ones(n, np.float32)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", setting + HOSTILE[case]],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+        env={**os.environ, "PYTHONMALLOC": "debug"},  # the use of freed memory shows
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # Lifetimes

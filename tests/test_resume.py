@@ -113,6 +113,37 @@ def test_resumed_equals_unbroken(kind, options, resume, tmp_path):
     assert contents(resumed) == contents(unbroken(kind, options, STEPS))
 
 
+def late(kind, latest, steps):
+    """Return an optimizer that has taken `steps` steps since its parameters had taken `latest`."""
+    optimizer = unbroken(kind, {"lr": warmup, **LATE_OPTIONS[kind]}, 1)
+    saved = optimizer.state_dict()
+    for i, entry in saved["state"].items():
+        saved["state"][i] = {**entry, "step": latest}
+    optimizer.load_state_dict(saved)
+    for t in range(1, steps + 1):
+        optimizer.step(gradients(t), grad_scale=0.5)
+    return optimizer
+
+
+LATE_OPTIONS = {
+    fs.GD: {"momentum": 0.9, "nesterov": True},
+    fs.Adam: {"amsgrad": True},
+    fs.AdamW: {},
+}
+
+
+@pytest.mark.parametrize("latest", [0, 1, 999, 10**6, 2**40])
+@pytest.mark.parametrize("resume", [by_state_dict, by_file, by_pickle, by_deepcopy])
+@pytest.mark.parametrize("kind", LATE_OPTIONS)
+def test_resumed_late_equals_unbroken(kind, resume, latest, tmp_path):
+    resumed = resume(late(kind, latest, BREAK), tmp_path)
+    for t in range(BREAK + 1, STEPS + 1):
+        resumed.step(gradients(t), grad_scale=0.5)
+    expected = contents(late(kind, latest, STEPS))
+    assert contents(resumed) == expected
+    assert expected[0][0] == latest + STEPS
+
+
 FUNCTIONS = {fs.GD: fs.gd_step, fs.Adam: fs.adam_step, fs.AdamW: fs.adamw_step}
 
 

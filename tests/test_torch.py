@@ -42,18 +42,18 @@ def _one_torch_thread():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("fused", [False, True], ids=["default", "fused"])
+@pytest.mark.parametrize("implementation", ["default", "foreach", "fused"])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=describe)
-def test_agrees_with_pytorch(name, options, fused, dtype):
+def test_agrees_with_pytorch(name, options, implementation, dtype):
     rng = np.random.default_rng(0)
     theirs = torch.nn.Parameter(torch.from_numpy(rng.standard_normal(SIZE).astype(dtype)))
     mine = theirs.detach().numpy().copy()
-    implementation = {"fused": True} if fused else {}
-    torch_optimizer = getattr(torch.optim, name)([theirs], lr=0.01, **options, **implementation)
+    chosen = {} if implementation == "default" else {implementation: True}
+    torch_optimizer = getattr(torch.optim, name)([theirs], lr=0.01, **options, **chosen)
     optimizer = getattr(fs, name)(mine, lr=0.01, **options)
     for _ in range(STEPS):
         g = rng.standard_normal(SIZE).astype(dtype)
-        theirs.grad = torch.from_numpy(g)
+        theirs.grad = torch.from_numpy(g.copy())  # foreach Nesterov writes to it
         torch_optimizer.step()
         optimizer.step(g)
 

@@ -160,6 +160,7 @@ Extent extent_of(const ArrayView& view, bool written, const ArrayName& name) {
 }
 
 bool share_memory(const Extent& a, const Extent& b) {
+    if (a.begin == a.end || b.begin == b.end) return false;
     if (!(a.begin < b.end && b.begin < a.end)) return false;
     if (a.dense && b.dense) return true;
     // Exact, and NumPy bounds the work: where it gives up, so do we.

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <memory>
+#include <vector>
 
 #include "step_call.hpp"
 
@@ -56,9 +57,14 @@ void add_list(StepCall& call, int rule, const std::array<py::tuple, max_streams>
         throw py::value_error("step: " + std::to_string(steps.size()) + " integers, but params has " +
                               std::to_string(count) + " arrays");
     }
-    int64_t number = own_steps ? 0 : read_step(step, "step");
+    // All of them before the first array is looked at: an __index__ is code of the user's.
+    std::vector<int64_t> numbers;
+    for (int64_t i = 0; own_steps && i < count; ++i) {
+        numbers.push_back(read_step(steps[i], "step[" + std::to_string(i) + "]"));
+    }
+    const int64_t shared = own_steps ? 0 : read_step(step, "step");
     for (int64_t i = 0; i < count; ++i) {
-        if (own_steps) number = read_step(steps[i], "step[" + std::to_string(i) + "]");
+        const int64_t number = own_steps ? numbers[i] : shared;
         Arguments arrays{};
         for (int k = 0; k < rule_streams[rule].count; ++k) arrays[k] = PyTuple_GET_ITEM(lists[k].ptr(), i);
         add_parameter(call, rule, arrays, hyper, number, i);

@@ -3,9 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <deque>
 #include <mutex>
+#include <stdexcept>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -135,6 +138,8 @@ py::object item_of(py::handle sequence, int64_t i) {
     if (item == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(item);
 #else
+    // The list may have become shorter: comparing the keys of a dict runs code of the user's.
+    if (i >= PyList_GET_SIZE(sequence.ptr())) throw py::value_error("a list changed while a step was reading it");
     return py::reinterpret_borrow<py::object>(PyList_GET_ITEM(sequence.ptr(), i));
 #endif
 }
@@ -224,13 +229,22 @@ public:
         find_latest();
     }
 
-    // One lock per optimizer. A thread that waits for it lets go of the GIL first.
+    // One lock per optimizer. A thread that waits for it lets go of the GIL first; one that has it already
+    // (a gradient's own code, a finaliser) would wait for ever.
     void lock() {
-        if (mutex_.try_lock()) return;
-        const py::gil_scoped_release release;
-        mutex_.lock();
+        const std::thread::id self = std::this_thread::get_id();
+        if (owner_.load(std::memory_order_relaxed) == self)
+            throw std::runtime_error("this optimizer is in the middle of a step on this thread");
+        if (!mutex_.try_lock()) {
+            const py::gil_scoped_release release;
+            mutex_.lock();
+        }
+        owner_.store(self, std::memory_order_relaxed);
     }
-    void unlock() { mutex_.unlock(); }
+    void unlock() {
+        owner_.store({}, std::memory_order_relaxed);
+        mutex_.unlock();
+    }
 
 private:
     void add_parameter(const py::list& params, const py::list& keys, const py::list& state, const py::list& suffixes,
@@ -424,13 +438,13 @@ private:
         }
         if (PyDict_Size(grads.ptr()) == group.count) return;
         for (const auto& item : py::reinterpret_borrow<py::dict>(grads)) {
+            const auto name = py::reinterpret_borrow<py::object>(item.first);  // a comparison may empty the dict
             bool known = false;
             for (int64_t i = group.first; i < group.first + group.count && !known; ++i) {
-                known = item.first.equal(parameters_[i].key);
+                known = name.equal(parameters_[i].key);
             }
             if (!known) {
-                throw py::value_error(std::string(where) + ": " + std::string(py::repr(item.first)) +
-                                      " is not a parameter");
+                throw py::value_error(std::string(where) + ": " + std::string(py::repr(name)) + " is not a parameter");
             }
         }
     }
@@ -533,6 +547,7 @@ private:
 
     const bool decoupled_;
     std::mutex mutex_;
+    std::atomic<std::thread::id> owner_{};
     // Deques, so that what a step has a reference to stays where it is when a group is added.
     std::deque<Parameter> parameters_;
     std::deque<Group> groups_;
