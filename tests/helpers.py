@@ -25,6 +25,16 @@ def combinations(**choices: tuple[Any, ...]) -> list[dict[str, Any]]:
     return [o for o in options if not o.get("nesterov") or (o["momentum"] and not o["dampening"])]
 
 
+# What plain and momentum GD may be asked for.
+GD_CHOICES: dict[str, tuple[Any, ...]] = {
+    "momentum": (0.0, 0.9),
+    "dampening": (0.0, 0.3),
+    "nesterov": (False, True),
+    "weight_decay": (0.0, 0.1),
+    "maximize": (False, True),
+}
+
+
 def describe(value: Any) -> str | None:
     """Name a dict of options in a test's id; anything else keeps pytest's own id."""
     if not isinstance(value, dict):

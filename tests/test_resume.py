@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from helpers import combinations, describe
+from helpers import GD_CHOICES, combinations, describe
 
 import fusedstep as fs
 
@@ -19,14 +19,7 @@ def warmup(t):
 
 
 LR = (0.01, warmup)
-GD_OPTIONS = combinations(
-    lr=LR,
-    momentum=(0.0, 0.9),
-    dampening=(0.0, 0.3),
-    nesterov=(False, True),
-    weight_decay=(0.0, 0.1),
-    maximize=(False, True),
-)
+GD_OPTIONS = combinations(lr=LR, **GD_CHOICES)
 ADAM_OPTIONS = combinations(
     lr=LR,
     weight_decay=(0.0, 0.1),

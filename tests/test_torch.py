@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import combinations, describe
+from helpers import GD_CHOICES, combinations, describe
 
 import fusedstep as fs
 
@@ -14,13 +14,7 @@ STEPS = 100
 # cancel. Measured: 6.5 for SGD, 2 for Adam and AdamW.
 TOLERANCE = 10
 
-GD_OPTIONS = combinations(
-    momentum=(0.0, 0.9),
-    dampening=(0.0, 0.3),
-    nesterov=(False, True),
-    weight_decay=(0.0, 0.1),
-    maximize=(False, True),
-)
+GD_OPTIONS = combinations(**GD_CHOICES)
 ADAM_OPTIONS = combinations(
     betas=((0.9, 0.999), (0.3, 0.95), (0.0, 0.99)),
     eps=(1e-8, 1e-3),

@@ -6,7 +6,6 @@
 #include "../cpu/run.hpp"
 #include "../cpu/thread_count.hpp"
 #include "../cpu/thread_pool.hpp"
-#include "array_view.hpp"
 #include "functions.hpp"
 #include "optimizer.hpp"
 
