@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "fast_function.hpp"
 #include "step_call.hpp"
 
 namespace fusedstep {
@@ -145,7 +146,7 @@ void gd_step(py::handle params, py::handle grads, py::handle momentum_buffer, py
 void adam_step(py::handle params, py::handle grads, py::handle exp_avg, py::handle exp_avg_sq,
                py::handle max_exp_avg_sq, py::handle step_number, py::handle lr, py::handle betas, py::handle eps,
                py::handle weight_decay, py::handle bias_correction, py::handle maximize, py::handle grad_scale,
-               bool decoupled) {
+               py::handle decoupled) {
     AdamHyper hyper;
     hyper.lr = read_number(lr, "lr", {});
     read_betas(betas, hyper.beta1, hyper.beta2, {});
@@ -154,7 +155,7 @@ void adam_step(py::handle params, py::handle grads, py::handle exp_avg, py::hand
     hyper.grad_scale = read_number(grad_scale, "grad_scale", {});
     hyper.bias_correction = read_flag(bias_correction, "bias_correction", {});
     hyper.maximize = read_flag(maximize, "maximize", {});
-    hyper.decoupled = decoupled;
+    hyper.decoupled = read_flag(decoupled, "decoupled", {});
     if (max_exp_avg_sq.is_none()) {
         take_step(rule_index<Adam>, {params, grads, exp_avg, exp_avg_sq}, hyper, step_number);
     } else {
@@ -165,8 +166,8 @@ void adam_step(py::handle params, py::handle grads, py::handle exp_avg, py::hand
 }  // namespace
 
 void bind_functions(py::module_& module) {
-    module.def("gd_step", &gd_step);
-    module.def("adam_step", &adam_step);
+    def_fast<&gd_step>(module, "gd_step");
+    def_fast<&adam_step>(module, "adam_step");
 }
 
 }  // namespace fusedstep

@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "fast_function.hpp"
 #include "step_call.hpp"
 
 namespace fusedstep {
@@ -21,9 +22,16 @@ namespace {
 enum class Structure { array, list, dict };
 
 struct Keys {
-    py::str lr{"lr"}, momentum{"momentum"}, dampening{"dampening"}, nesterov{"nesterov"}, betas{"betas"}, eps{"eps"},
-        weight_decay{"weight_decay"}, maximize{"maximize"}, bias_correction{"bias_correction"}, amsgrad{"amsgrad"},
-        params{"params"};
+    py::object lr = interned("lr"), momentum = interned("momentum"), dampening = interned("dampening"),
+               nesterov = interned("nesterov"), betas = interned("betas"), eps = interned("eps"),
+               weight_decay = interned("weight_decay"), maximize = interned("maximize"),
+               bias_correction = interned("bias_correction"), amsgrad = interned("amsgrad"),
+               params = interned("params");
+
+    // As the keys of a dict written in a program are: looked up without comparing characters.
+    static py::object interned(const char* key) {
+        return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key));
+    }
 };
 
 const Keys& keys() {
@@ -35,12 +43,12 @@ class GroupReader {
 public:
     GroupReader(py::handle group, const HyperSource& source) : group_(group), source_(source) {}
 
-    double number(const py::str& key, const char* name) const { return read_number(item(key, name), name, source_); }
-    bool flag(const py::str& key, const char* name) const { return read_flag(item(key, name), name, source_); }
+    double number(py::handle key, const char* name) const { return read_number(item(key, name), name, source_); }
+    bool flag(py::handle key, const char* name) const { return read_flag(item(key, name), name, source_); }
     void betas(AdamHyper& hyper) const { read_betas(item(keys().betas, "betas"), hyper.beta1, hyper.beta2, source_); }
 
 private:
-    py::object item(const py::str& key, const char* name) const {
+    py::object item(py::handle key, const char* name) const {
         PyObject* value = PyDict_GetItemWithError(group_.ptr(), key.ptr());
         if (value == nullptr) throw py::value_error(source_.prefix + name + ": missing");
         return py::reinterpret_borrow<py::object>(value);
@@ -105,27 +113,38 @@ struct Parameter {
     py::object key;      // of the gradient, in a group given as a dict
     std::string suffix;  // "[3]", "['w2']": how errors name it
     int rule;
-    int64_t step;
     size_t group;
 
-    // The array as it was when it was checked. The tensor's gradient stream is to be filled in, and is all
-    // that is missing when the gradient is contiguous in the same order as every other array.
-    Tensor tensor;
+    // The array as it was when it was checked.
     ArrayView view;
     std::vector<py::ssize_t> shape, strides;
+    bool c_contiguous = true, f_contiguous = true;
+};
+
+// What the usual step compares, in one cache line: with a thousand small arrays, fetching this is half of it.
+struct alignas(64) Watch {
+    PyObject* array;
+    const char* data;
     PyObject* descriptor;
     int64_t bytes;
-    bool c_contiguous = true, f_contiguous = true;
+    int flags;
+    int8_t dimensions;
+    int8_t rule;
+    DType dtype;
+    bool c_contiguous;  // and the state too
+    size_t shape;       // its place in shapes_
 
     // The memory around the last gradient that no array of ours lies in.
     const char* gap_begin = nullptr;
     const char* gap_end = nullptr;
 };
+static_assert(sizeof(Watch) == 64);
 
 struct Group {
     Structure structure;
     int64_t first, count;
-    int64_t latest;  // the largest step count among its parameters
+    std::vector<PyObject*> arrays;  // of its parameters
+    int64_t latest;                 // the largest step count among its parameters
 };
 
 // An item of a list or tuple, owned: another thread may change the list.
@@ -148,6 +167,17 @@ bool is_list(py::handle object) { return PyList_Check(object.ptr()) || PyTuple_C
 
 int64_t length(py::handle sequence) { return static_cast<int64_t>(PySequence_Fast_GET_SIZE(sequence.ptr())); }
 
+// Fetches what a check will look at while others are being checked: objects lie anywhere.
+void prefetch_object(PyObject* object) {
+    __builtin_prefetch(object);
+    __builtin_prefetch(reinterpret_cast<char*>(object) + sizeof(py::detail::PyArray_Proxy) - 1);
+}
+
+void prefetch_shapes(PyObject* array, PyObject* gradient) {
+    __builtin_prefetch(py::detail::array_proxy(array)->dimensions);
+    if (Py_TYPE(gradient) == Py_TYPE(array)) __builtin_prefetch(py::detail::array_proxy(gradient)->dimensions);
+}
+
 template <class Hyper>
 class Optimizer {
 public:
@@ -159,12 +189,19 @@ public:
                    const py::list& suffixes) {
         const std::lock_guard<Optimizer> lock(*this);
         const size_t before = parameters_.size();
+        std::vector<PyObject*> arrays;
         try {
-            for (size_t i = 0; i < params.size(); ++i) add_parameter(params, keys, state, suffixes, i);
+            for (size_t i = 0; i < params.size(); ++i) {
+                add_parameter(params, keys, state, suffixes, i);
+                arrays.push_back(parameters_.back().object.ptr());
+            }
             find_owned();
             check_overlaps(owned_);
         } catch (...) {
             parameters_.erase(parameters_.begin() + before, parameters_.end());
+            watches_.resize(before);
+            tensors_.resize(before);
+            steps_.resize(before);
             find_owned();
             check_overlaps(owned_);
             throw;
@@ -172,7 +209,7 @@ public:
         groups_.push_back({structure == "array"  ? Structure::array
                            : structure == "list" ? Structure::list
                                                  : Structure::dict,
-                           static_cast<int64_t>(before), static_cast<int64_t>(params.size()), 0});
+                           static_cast<int64_t>(before), static_cast<int64_t>(params.size()), std::move(arrays), 0});
         find_latest();
     }
 
@@ -216,16 +253,15 @@ public:
         std::swap(prepared, spare_);
     }
 
-    std::vector<int64_t> steps() const {
-        std::vector<int64_t> steps;
-        for (const Parameter& parameter : parameters_) steps.push_back(parameter.step);
-        return steps;
+    std::vector<int64_t> steps() {
+        const std::lock_guard<Optimizer> lock(*this);
+        return steps_;
     }
 
     void set_steps(const std::vector<int64_t>& steps) {
         const std::lock_guard<Optimizer> lock(*this);
         if (steps.size() != parameters_.size()) throw py::value_error("steps: one for each parameter expected");
-        for (size_t i = 0; i < steps.size(); ++i) parameters_[i].step = steps[i];
+        steps_ = steps;
         find_latest();
     }
 
@@ -253,7 +289,6 @@ private:
         parameter.object = params[i];
         parameter.key = keys[i];
         parameter.suffix = suffixes[i].cast<std::string>();
-        parameter.step = 0;
         for (const py::handle arrays : state) {
             parameter.state.push_back(py::reinterpret_borrow<py::list>(arrays)[i]);
         }
@@ -264,15 +299,21 @@ private:
         LayoutStore layouts;
         ArrayView views[max_streams];
         views_of(parameter, parameter.view, views);
-        parameter.tensor = bind(parameter.rule, views, {"", -1, &parameter.suffix}, layouts);
+        const Tensor tensor = bind(parameter.rule, views, {"", -1, &parameter.suffix}, layouts);
         for (int k = 0; k < rule_streams[parameter.rule].count; ++k) {
             parameter.c_contiguous = parameter.c_contiguous && views[k].c_contiguous();
             parameter.f_contiguous = parameter.f_contiguous && views[k].f_contiguous();
         }
         parameter.shape.assign(parameter.view.shape, parameter.view.shape + parameter.view.dimensions);
         parameter.strides.assign(parameter.view.strides, parameter.view.strides + parameter.view.dimensions);
-        parameter.descriptor = py::detail::array_proxy(parameter.object.ptr())->descr;
-        parameter.bytes = parameter.tensor.size * item_size(parameter.view.dtype);
+        const auto* array = py::detail::array_proxy(parameter.object.ptr());
+        watches_.push_back({parameter.object.ptr(), array->data, array->descr,
+                            tensor.size * item_size(parameter.view.dtype), array->flags, static_cast<int8_t>(array->nd),
+                            static_cast<int8_t>(parameter.rule), parameter.view.dtype, parameter.c_contiguous,
+                            shapes_.size()});
+        shapes_.insert(shapes_.end(), parameter.shape.begin(), parameter.shape.end());
+        tensors_.push_back(tensor);
+        steps_.push_back(0);
         parameters_.push_back(std::move(parameter));
     }
 
@@ -288,7 +329,7 @@ private:
 
     void find_owned() {
         owned_.clear();
-        for (Parameter& parameter : parameters_) {
+        for (const Parameter& parameter : parameters_) {
             const char* const* roles = stream_roles(parameter.rule);
             ArrayView views[max_streams];
             views_of(parameter, parameter.view, views);
@@ -296,16 +337,14 @@ private:
                 const Extent extent = extent_of(views[k], true, {roles[k], -1, &parameter.suffix});
                 if (k != 1 && extent.begin != extent.end) owned_.push_back(extent);
             }
-            parameter.gap_begin = parameter.gap_end = nullptr;
         }
+        for (Watch& watch : watches_) watch.gap_begin = watch.gap_end = nullptr;
         owned_dense_ = std::all_of(owned_.begin(), owned_.end(), [](const Extent& extent) { return extent.dense; });
     }
 
     void find_latest() {
-        for (Group& group : groups_) group.latest = 0;
-        for (const Parameter& parameter : parameters_) {
-            int64_t& latest = groups_[parameter.group].latest;
-            latest = std::max(latest, parameter.step);
+        for (Group& group : groups_) {
+            group.latest = *std::max_element(steps_.begin() + group.first, steps_.begin() + group.first + group.count);
         }
     }
 
@@ -326,18 +365,24 @@ private:
 
     void run(const Preparation& prepared) {
         call_.clear();
-        stepped_.clear();
         for (size_t g = 0; g < prepared.hypers.size(); ++g) {
             call_.next_hyper();
-            const Group& group = groups_[g];
-            for (int64_t i = group.first; i < group.first + group.count; ++i) {
+            const int64_t end = groups_[g].first + groups_[g].count;
+            for (int64_t i = groups_[g].first; i < end; ++i) {
+                if (i + 16 < end) {
+                    prefetch_object(watches_[i + 16].array);
+                    prefetch_object(prepared.gradients[i + 16].ptr());
+                }
+                if (i + 8 < end) prefetch_shapes(watches_[i + 8].array, prepared.gradients[i + 8].ptr());
                 if (!prepared.gradients[i].is_none()) add_gradient(i, prepared.gradients[i], prepared.hypers[g]);
             }
         }
         call_.run();
-        for (const int64_t i : stepped_) {
-            int64_t& latest = groups_[parameters_[i].group].latest;
-            latest = std::max(latest, ++parameters_[i].step);
+        for (size_t g = 0; g < prepared.hypers.size(); ++g) {
+            Group& group = groups_[g];
+            for (int64_t i = group.first; i < group.first + group.count; ++i) {
+                if (!prepared.gradients[i].is_none()) group.latest = std::max(group.latest, ++steps_[i]);
+            }
         }
     }
 
@@ -391,9 +436,7 @@ private:
     void check_same_params(py::handle dict, const Group& group, size_t g) const {
         PyObject* const params = PyDict_GetItemWithError(dict.ptr(), keys().params.ptr());
         bool same = params != nullptr && PyList_Check(params) && PyList_GET_SIZE(params) == group.count;
-        for (int64_t i = 0; same && i < group.count; ++i) {
-            same = PyList_GET_ITEM(params, i) == parameters_[group.first + i].object.ptr();
-        }
+        for (int64_t i = 0; same && i < group.count; ++i) same = PyList_GET_ITEM(params, i) == group.arrays[i];
         if (!same) {
             throw py::value_error("param_groups[" + std::to_string(g) +
                                   "]['params']: not the arrays that the optimizer was made with; make a new optimizer "
@@ -450,43 +493,44 @@ private:
     }
 
     void add_gradient(int64_t i, py::handle gradient, const Hyper& hyper) {
-        Parameter& parameter = parameters_[i];
-        Tensor tensor = parameter.tensor;
-        if (is_as_before(parameter, gradient)) {
+        const Watch& watch = watches_[i];
+        const void* const scalars = call_.scalars_of(hyper, steps_[i] + 1, watch.dtype);
+        if (is_as_before(watch, gradient)) {
+            Tensor& tensor = call_.add(watch.rule, watch.dtype, tensors_[i]);
             tensor.streams[1] = py::detail::array_proxy(gradient.ptr())->data;
+            tensor.scalars = scalars;
         } else {
-            tensor = checked_tensor(parameter, gradient);
+            call_.add(watch.rule, watch.dtype, checked_tensor(i, gradient)).scalars = scalars;
         }
-        tensor.scalars = call_.scalars_of(hyper, parameter.step + 1, parameter.view.dtype);
-        call_.add(parameter.rule, parameter.view.dtype, tensor);
-        stepped_.push_back(i);
     }
 
     // The usual case, quickly: the parameter is as it was when it was checked, the gradient is a C-contiguous
     // array like it, and lies where it was seen to be in nobody's way. Everything else is checked_tensor's.
-    static bool is_as_before(const Parameter& parameter, py::handle gradient) {
-        if (!parameter.c_contiguous || Py_TYPE(gradient.ptr()) != Py_TYPE(parameter.object.ptr())) return false;
+    bool is_as_before(const Watch& watch, py::handle gradient) const {
+        if (!watch.c_contiguous || Py_TYPE(gradient.ptr()) != Py_TYPE(watch.array)) return false;
         const auto* g = py::detail::array_proxy(gradient.ptr());
-        const auto* p = py::detail::array_proxy(parameter.object.ptr());
+        const auto* p = py::detail::array_proxy(watch.array);
         constexpr int needed = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-        if ((g->flags & needed) != needed || g->descr != p->descr || g->nd != p->nd) return false;
-        if (p->data != parameter.view.data || p->flags != parameter.view.flags || p->descr != parameter.descriptor ||
-            p->nd != parameter.view.dimensions) {
+        if ((g->flags & needed) != needed || g->descr != watch.descriptor || g->nd != watch.dimensions) return false;
+        if (p->data != watch.data || p->flags != watch.flags || p->descr != watch.descriptor ||
+            p->nd != watch.dimensions) {
             return false;
         }
+        const py::ssize_t* const shape = shapes_.data() + watch.shape;
         for (int d = 0; d < p->nd; ++d) {
-            if (g->dimensions[d] != parameter.shape[d] || p->dimensions[d] != parameter.shape[d]) return false;
+            if (g->dimensions[d] != shape[d] || p->dimensions[d] != shape[d]) return false;
         }
-        return g->data >= parameter.gap_begin && g->data + parameter.bytes <= parameter.gap_end;
+        return g->data >= watch.gap_begin && g->data + watch.bytes <= watch.gap_end;
     }
 
-    Tensor checked_tensor(Parameter& parameter, py::handle object) {
+    Tensor checked_tensor(int64_t i, py::handle object) {
+        const Parameter& parameter = parameters_[i];
         const ArrayName name{"grads", -1, &parameter.suffix};
         const ArrayView gradient = view_array(object, name);
         const ArrayView p = view_array(parameter.object, {"params", -1, &parameter.suffix});
         if (!unchanged(parameter, p)) throw_changed(parameter, p);
         check_gradient(gradient, p, name);
-        Tensor tensor = parameter.tensor;
+        Tensor tensor = tensors_[i];
         tensor.streams[1] = gradient.data;
         if (!(parameter.c_contiguous && gradient.c_contiguous()) &&
             !(parameter.f_contiguous && gradient.f_contiguous())) {
@@ -494,14 +538,14 @@ private:
             views_of(parameter, gradient, views);
             tensor = bind(parameter.rule, views, {"", -1, &parameter.suffix}, call_.layouts);
         }
-        check_gradient_memory(parameter, gradient, name);
+        check_gradient_memory(watches_[i], gradient, name);
         return tensor;
     }
 
     // A gradient may share memory with another gradient, but not with what a step writes.
-    void check_gradient_memory(Parameter& parameter, const ArrayView& gradient, const ArrayName& name) {
+    void check_gradient_memory(Watch& watch, const ArrayView& gradient, const ArrayName& name) {
         const Extent extent = extent_of(gradient, false, name);
-        if (extent.begin >= parameter.gap_begin && extent.end <= parameter.gap_end) return;
+        if (extent.begin >= watch.gap_begin && extent.end <= watch.gap_end) return;
         const auto after = std::partition_point(owned_.begin(), owned_.end(),
                                                 [&](const Extent& owned) { return owned.begin < extent.end; });
         // Arrays with gaps may interleave, so every one that begins before the gradient's end is a candidate;
@@ -520,8 +564,8 @@ private:
             before_end = std::max(before_end, owned->end);
             if (owned_dense_) break;
         }
-        parameter.gap_begin = before_end;
-        parameter.gap_end = after == owned_.end() ? reinterpret_cast<const char*>(UINTPTR_MAX) : after->begin;
+        watch.gap_begin = before_end;
+        watch.gap_end = after == owned_.end() ? reinterpret_cast<const char*>(UINTPTR_MAX) : after->begin;
     }
 
     static bool unchanged(const Parameter& parameter, const ArrayView& p) {
@@ -551,24 +595,35 @@ private:
     // Deques, so that what a step has a reference to stays where it is when a group is added.
     std::deque<Parameter> parameters_;
     std::deque<Group> groups_;
+
+    // Of each parameter, each in one run of memory for the usual step. The gradient's place in a tensor is to be
+    // filled in, and is all that is missing when the gradient is contiguous in the same order as the other arrays.
+    std::vector<Watch> watches_;
+    std::vector<Tensor> tensors_;
+    std::vector<int64_t> steps_;
+    std::vector<py::ssize_t> shapes_;
     std::vector<Extent> owned_;  // all that a step may write, by address
     bool owned_dense_ = true;
 
     // Of the step in progress; kept for their memory.
     StepCall call_;
-    std::vector<int64_t> stepped_;
     Preparation spare_;
 };
 
 template <class Hyper>
+void step(py::handle self, py::handle param_groups, py::handle grads, py::handle grad_scale, py::handle nested) {
+    self.cast<Optimizer<Hyper>&>().step(param_groups, grads, grad_scale, nested.ptr() == Py_True);
+}
+
+template <class Hyper>
 void bind_family(py::module_& module, const char* name) {
     using Native = Optimizer<Hyper>;
-    py::class_<Native>(module, name)
-        .def(py::init<bool>(), py::arg("decoupled") = false)
+    py::class_<Native> native(module, name);
+    native.def(py::init<bool>(), py::arg("decoupled") = false)
         .def("add_group", &Native::add_group)
         .def("check_group", &Native::check_group)
-        .def("step", &Native::step)
         .def_property("steps", &Native::steps, &Native::set_steps);
+    def_fast_method<&step<Hyper>>(native, "step");
 }
 
 }  // namespace

@@ -48,10 +48,10 @@ public:
         return known.scalars;
     }
 
-    void add(int rule, DType dtype, const Tensor& tensor) {
+    Tensor& add(int rule, DType dtype, const Tensor& tensor) {
         Work& work = work_[rule][static_cast<int>(dtype)];
         work.ends.push_back((work.ends.empty() ? 0 : work.ends.back()) + tensor.size);
-        work.tensors.push_back(tensor);
+        return work.tensors.emplace_back(tensor);
     }
 
     // The settings it needs are read first: if the environment names nonsense, nothing has been written.

@@ -28,50 +28,66 @@ DoubleDouble multiply(DoubleDouble a, DoubleDouble b) {
     return {high, tail - (high - product)};
 }
 
-// base, base^2, base^4, ... as far as they have been asked for. They are kept from step to step because they
-// do not depend on the step, and squaring is most of the work of a power.
-class Squares {
-public:
-    double base() const { return squares_[0].high; }
-    void start(double base) {
-        squares_[0] = {base, 0.0};
-        known_ = 1;
+// base^exponent by repeated squaring.
+DoubleDouble power_of(DoubleDouble square, int64_t exponent) {
+    DoubleDouble power{1.0, 0.0};
+    for (; exponent != 0; exponent >>= 1) {
+        // Below 1e-40 a power no longer changes 1 - power; stopping also keeps clear of denormals.
+        if (square.high < 1e-40) return {0.0, 0.0};
+        if (exponent & 1) power = multiply(power, square);
+        square = multiply(square, square);
     }
-    const DoubleDouble& operator[](int i) {
-        for (; known_ <= i; ++known_) squares_[known_] = multiply(squares_[known_ - 1], squares_[known_ - 1]);
-        return squares_[i];
+    return power;
+}
+
+// The powers of one base: base^t = (base^64)^(t / 64) * base^(t % 64), of which the factors are kept from
+// step to step, so that the next step's power is one multiplication. Each factor is computed from the base
+// alone, so a power does not depend on which others were asked for.
+class Powers {
+public:
+    double base() const { return base_; }
+
+    void start(double base) {
+        base_ = base;
+        DoubleDouble power{1.0, 0.0};
+        for (DoubleDouble& low : low_) {
+            low = power.high < 1e-40 ? DoubleDouble{0.0, 0.0} : power;
+            power = multiply(low, {base, 0.0});
+        }
+        base_to_64_ = power;
+        quotient_ = 0;
+        high_ = {1.0, 0.0};
+    }
+
+    double one_minus(int64_t exponent) {
+        if (exponent / 64 != quotient_) {
+            quotient_ = exponent / 64;
+            high_ = power_of(base_to_64_, quotient_);
+        }
+        if (high_.high < 1e-40) return 1.0;
+        const DoubleDouble power = multiply(high_, low_[exponent % 64]);
+        return (1.0 - power.high) - power.low;
     }
 
 private:
-    DoubleDouble squares_[64] = {};
-    int known_ = 1;
+    double base_ = -1.0;
+    DoubleDouble base_to_64_{}, high_{}, low_[64] = {};
+    int64_t quotient_ = 0;
 };
-
-// The squares of the two bases that this thread used last.
-Squares& squares_of(double base) {
-    static thread_local Squares recent[2];
-    static thread_local int oldest = 0;
-    for (Squares& squares : recent) {
-        if (squares.base() == base) return squares;
-    }
-    Squares& squares = recent[oldest];
-    oldest = 1 - oldest;
-    squares.start(base);
-    return squares;
-}
 
 }  // namespace
 
 double one_minus_power(double base, int64_t exponent) {
-    Squares& squares = squares_of(base);
-    DoubleDouble power{1.0, 0.0};
-    for (int i = 0; exponent != 0; ++i, exponent >>= 1) {
-        const DoubleDouble& square = squares[i];
-        // Below 1e-40 a power no longer changes 1 - power; stopping also keeps clear of denormals.
-        if (square.high < 1e-40) return 1.0;
-        if (exponent & 1) power = multiply(power, square);
+    // The two bases that this thread used last.
+    static thread_local Powers recent[2];
+    static thread_local int oldest = 0;
+    for (Powers& powers : recent) {
+        if (powers.base() == base) return powers.one_minus(exponent);
     }
-    return (1.0 - power.high) - power.low;
+    Powers& powers = recent[oldest];
+    oldest = 1 - oldest;
+    powers.start(base);
+    return powers.one_minus(exponent);
 }
 
 template <class T>
