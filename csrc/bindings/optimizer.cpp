@@ -113,7 +113,7 @@ struct Parameter {
     Tensor tensor;
     ArrayView view;
     std::vector<py::ssize_t> shape, strides;
-    PyObject* descriptor;
+    PyObject* descriptor = nullptr;
     int64_t bytes;
     bool c_contiguous = true, f_contiguous = true;
 
@@ -159,6 +159,7 @@ public:
                    const py::list& suffixes) {
         const std::lock_guard<Optimizer> lock(*this);
         const size_t before = parameters_.size();
+        call_.clear();
         try {
             for (size_t i = 0; i < params.size(); ++i) add_parameter(params, keys, state, suffixes, i);
             find_owned();
@@ -259,7 +260,7 @@ private:
         }
         parameter.group = groups_.size();
         parameter.rule = Family<Hyper>::rule(parameter.state.size());
-        parameter.view = view_array(parameter.object, {"params", -1, &parameter.suffix});
+        parameter.view = view_array(parameter.object, {"params", -1, &parameter.suffix}, call_.gpu_arrays);
         // The gradient's place is taken by the parameter itself: it is the one array whose layout is known.
         LayoutStore layouts;
         ArrayView views[max_streams];
@@ -271,30 +272,40 @@ private:
         }
         parameter.shape.assign(parameter.view.shape, parameter.view.shape + parameter.view.dimensions);
         parameter.strides.assign(parameter.view.strides, parameter.view.strides + parameter.view.dimensions);
-        parameter.descriptor = py::detail::array_proxy(parameter.object.ptr())->descr;
+        // What a view points to does not outlive a call.
+        parameter.view.shape = parameter.shape.data();
+        parameter.view.strides = parameter.strides.data();
+        if (parameter.view.device == ArrayView::host) {
+            parameter.descriptor = py::detail::array_proxy(parameter.object.ptr())->descr;
+        }
         parameter.bytes = parameter.tensor.size * item_size(parameter.view.dtype);
         parameters_.push_back(std::move(parameter));
     }
 
     // The arrays of a parameter in the order of its rule's streams.
-    static void views_of(const Parameter& parameter, const ArrayView& gradient, ArrayView* views) {
+    void views_of(const Parameter& parameter, const ArrayView& gradient, ArrayView* views) {
         const char* const* roles = stream_roles(parameter.rule);
-        views[0] = view_array(parameter.object, {"params", -1, &parameter.suffix});
+        views[0] = view_array(parameter.object, {"params", -1, &parameter.suffix}, call_.gpu_arrays);
         views[1] = gradient;
         for (size_t k = 0; k < parameter.state.size(); ++k) {
-            views[2 + k] = view_array(parameter.state[k], {roles[2 + k], -1, &parameter.suffix});
+            views[2 + k] = view_array(parameter.state[k], {roles[2 + k], -1, &parameter.suffix}, call_.gpu_arrays);
         }
     }
 
+    // Everything that a step may write, which must all be in one place.
     void find_owned() {
         owned_.clear();
+        Placement placement;
         for (Parameter& parameter : parameters_) {
             const char* const* roles = stream_roles(parameter.rule);
             ArrayView views[max_streams];
             views_of(parameter, parameter.view, views);
             for (int k = 0; k < rule_streams[parameter.rule].count; ++k) {
-                const Extent extent = extent_of(views[k], true, {roles[k], -1, &parameter.suffix});
-                if (k != 1 && extent.begin != extent.end) owned_.push_back(extent);
+                if (k == 1) continue;
+                const ArrayName name{roles[k], -1, &parameter.suffix};
+                placement.check(views[k], name);
+                const Extent extent = extent_of(views[k], true, name);
+                if (extent.begin != extent.end) owned_.push_back(extent);
             }
             parameter.gap_begin = parameter.gap_end = nullptr;
         }
@@ -465,7 +476,10 @@ private:
     // The usual case, quickly: the parameter is as it was when it was checked, the gradient is a C-contiguous
     // array like it, and lies where it was seen to be in nobody's way. Everything else is checked_tensor's.
     static bool is_as_before(const Parameter& parameter, py::handle gradient) {
-        if (!parameter.c_contiguous || Py_TYPE(gradient.ptr()) != Py_TYPE(parameter.object.ptr())) return false;
+        if (!parameter.c_contiguous || parameter.view.device != ArrayView::host ||
+            Py_TYPE(gradient.ptr()) != Py_TYPE(parameter.object.ptr())) {
+            return false;
+        }
         const auto* g = py::detail::array_proxy(gradient.ptr());
         const auto* p = py::detail::array_proxy(parameter.object.ptr());
         constexpr int needed = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
@@ -482,8 +496,11 @@ private:
 
     Tensor checked_tensor(Parameter& parameter, py::handle object) {
         const ArrayName name{"grads", -1, &parameter.suffix};
-        const ArrayView gradient = view_array(object, name);
-        const ArrayView p = view_array(parameter.object, {"params", -1, &parameter.suffix});
+        const ArrayName own_name{"params", -1, &parameter.suffix};
+        const ArrayView p = view_array(parameter.object, own_name, call_.gpu_arrays);
+        const ArrayView gradient = view_array(object, name, call_.gpu_arrays);
+        call_.placement.check(p, own_name);
+        call_.placement.check(gradient, name);
         if (!unchanged(parameter, p)) throw_changed(parameter, p);
         check_gradient(gradient, p, name);
         Tensor tensor = parameter.tensor;
@@ -512,7 +529,7 @@ private:
             if (share_memory(*owned, extent)) {
                 // It may be memory that a parameter has left.
                 for (const Parameter& other : parameters_) {
-                    const ArrayView p = view_array(other.object, {"params", -1, &other.suffix});
+                    const ArrayView p = view_array(other.object, {"params", -1, &other.suffix}, call_.gpu_arrays);
                     if (!unchanged(other, p)) throw_changed(other, p);
                 }
                 throw_overlap(*owned, extent);
@@ -577,7 +594,8 @@ void bind_optimizer(py::module_& module) {
     // Before there is any state for it.
     module.def("check_parameter", [](py::handle param, const std::string& suffix) {
         const ArrayName name{"params", -1, &suffix};
-        const ArrayView view = view_array(param, name);
+        GpuArrays gpu_arrays;
+        const ArrayView view = view_array(param, name, gpu_arrays);
         const ArrayView views[] = {view, view};
         LayoutStore layouts;
         bind(rule_index<Gd>, views, name, layouts);
