@@ -59,7 +59,7 @@ std::string type_name(py::handle object) {
     return module == "builtins" ? name : module + "." + name;
 }
 
-bool read_dtype(PyObject* descriptor, DType& dtype) {
+[[gnu::always_inline]] inline bool read_usual_dtype(PyObject* descriptor, DType& dtype) {
     if (descriptor == descriptors().float32) {
         dtype = DType::float32;
         return true;
@@ -68,6 +68,11 @@ bool read_dtype(PyObject* descriptor, DType& dtype) {
         dtype = DType::float64;
         return true;
     }
+    return false;
+}
+
+bool read_dtype(PyObject* descriptor, DType& dtype) {
+    if (read_usual_dtype(descriptor, dtype)) return true;
     const auto* proxy = py::detail::array_descriptor1_proxy(descriptor);
     const int number = proxy->type_num;
     dtype = number == numpy_float32 ? DType::float32 : DType::float64;
@@ -104,29 +109,36 @@ bool ArrayView::same_shape(const ArrayView& other) const {
     return true;
 }
 
-ArrayView view_array(py::handle object, const ArrayName& name, GpuArrays& gpu_arrays) {
-    const auto& numpy = py::detail::npy_api::get();
-    if (Py_TYPE(object.ptr()) != numpy.PyArray_Type_) {
-        if (!PyObject_TypeCheck(object.ptr(), numpy.PyArray_Type_)) {
-            ArrayView view{};
-            if (!gpu_arrays.view(object, name, view)) refuse(object, name);
-            return view;
-        }
-        // A subclass shares its memory as an array does, memmap for one; only a mask changes what it means.
-        if (py::isinstance(object, py::module_::import("numpy.ma").attr("MaskedArray"))) {
-            throw py::type_error(name.text() + ": a masked array, whose mask a step would not respect; pass its .data");
-        }
-    }
-    const auto* array = py::detail::array_proxy(object.ptr());
+[[gnu::always_inline]] inline ArrayView view_ndarray(PyObject* object) {
+    const auto* array = py::detail::array_proxy(object);
     ArrayView view;
     view.data = array->data;
     view.shape = array->dimensions;
     view.strides = array->strides;
     view.dimensions = array->nd;
     view.flags = array->flags;
-    view.known_dtype = read_dtype(array->descr, view.dtype);
+    view.known_dtype = read_usual_dtype(array->descr, view.dtype) || read_dtype(array->descr, view.dtype);
+    view.device = ArrayView::host;
     view.object = object;
     return view;
+}
+
+[[gnu::noinline]] ArrayView view_other(py::handle object, const ArrayName& name, GpuArrays& gpu_arrays) {
+    if (!PyObject_TypeCheck(object.ptr(), py::detail::npy_api::get().PyArray_Type_)) {
+        ArrayView view;
+        if (!gpu_arrays.view(object, name, view)) refuse(object, name);
+        return view;
+    }
+    // A subclass shares its memory as an array does, memmap for one; only a mask changes what it means.
+    if (py::isinstance(object, py::module_::import("numpy.ma").attr("MaskedArray"))) {
+        throw py::type_error(name.text() + ": a masked array, whose mask a step would not respect; pass its .data");
+    }
+    return view_ndarray(object.ptr());
+}
+
+ArrayView view_array(py::handle object, const ArrayName& name, GpuArrays& gpu_arrays) {
+    const bool usual = Py_TYPE(object.ptr()) == py::detail::npy_api::get().PyArray_Type_;
+    return usual ? view_ndarray(object.ptr()) : view_other(object, name, gpu_arrays);
 }
 
 }  // namespace fusedstep

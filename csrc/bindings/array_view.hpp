@@ -32,8 +32,8 @@ struct ArrayView {
     int dimensions;
     int flags;
     DType dtype;
-    bool known_dtype;   // false: an ndarray of a type that no kernel has
-    int device = host;  // or the number of a GPU
+    bool known_dtype;  // false: an ndarray of a type that no kernel has
+    int device;        // `host`, or the number of a GPU
     py::handle object;
 
     bool c_contiguous() const { return (flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_) != 0; }

@@ -19,9 +19,8 @@ void add_parameter(StepCall& call, int rule, const Arguments& arrays, const Hype
     const RuleStreams streams = rule_streams[rule];
     ArrayView views[max_streams];
     for (int k = 0; k < streams.count; ++k) {
-        const ArrayName name{roles[k], index};
-        views[k] = view_array(arrays[k], name, call.gpu_arrays);
-        call.placement.check(views[k], name);
+        views[k] = view_array(arrays[k], {roles[k], index}, call.gpu_arrays);
+        call.placement.check(views[k], {roles[k], index});
     }
     Tensor tensor = bind(rule, views, {"", index}, call.layouts);
     for (int k = 0; k < streams.count; ++k) {

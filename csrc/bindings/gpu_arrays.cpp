@@ -246,7 +246,12 @@ py::ssize_t* GpuArrays::new_extents(int dimensions) {
     return extents.data();
 }
 
-void Placement::refuse(const ArrayView& view, const ArrayName& name) const {
+void Placement::begin_or_refuse(const ArrayView& view, const ArrayName& name) {
+    if (device_ == unknown) {
+        device_ = view.device;
+        first_ = name;
+        return;
+    }
     const auto place = [](int device) {
         return device == ArrayView::host ? std::string("in host memory") : "on GPU " + std::to_string(device);
     };

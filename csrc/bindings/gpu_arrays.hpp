@@ -43,28 +43,21 @@ private:
 // Where a call's arrays are: all in host memory, or all on one GPU.
 class Placement {
 public:
-    void clear() {
-        known_ = false;
-        device_ = ArrayView::host;
-    }
+    void clear() { device_ = unknown; }
 
     int device() const { return device_; }
 
     void check(const ArrayView& view, const ArrayName& name) {
-        if (!known_) {
-            known_ = true;
-            device_ = view.device;
-            first_ = name;
-        } else if (view.device != device_) {
-            refuse(view, name);
-        }
+        if (view.device != device_) begin_or_refuse(view, name);
     }
 
 private:
-    [[noreturn]] void refuse(const ArrayView& view, const ArrayName& name) const;
+    static constexpr int unknown = -2;
 
-    bool known_ = false;
-    int device_ = ArrayView::host;
+    // The first array of a call says where the others must be.
+    void begin_or_refuse(const ArrayView& view, const ArrayName& name);
+
+    int device_ = unknown;
     ArrayName first_{};
 };
 

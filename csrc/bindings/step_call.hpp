@@ -61,11 +61,8 @@ public:
 
     // The settings it needs are read first: if the environment names nonsense, nothing has been written.
     void run() const {
-        if (placement.device() != ArrayView::host) {
-            // A launch can wait for room in the GPU's queue.
-            const py::gil_scoped_release release;
-            for_each_job(
-                [&](const Job& job) { gpu_arrays.backend().launch(job, placement.device(), gpu_arrays.stream()); });
+        if (placement.device() >= 0) {
+            run_on_gpu();
             return;
         }
         cpu::chosen_isa();
@@ -115,6 +112,13 @@ private:
                           static_cast<int64_t>(work.tensors.size())});
             }
         }
+    }
+
+    [[gnu::noinline]] void run_on_gpu() const {
+        // A launch can wait for room in the GPU's queue.
+        const py::gil_scoped_release release;
+        for_each_job(
+            [&](const Job& job) { gpu_arrays.backend().launch(job, placement.device(), gpu_arrays.stream()); });
     }
 
     int64_t bytes() const {
