@@ -28,7 +28,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     source = ROOT / "tests" / "native" / "cuda_on_host.cpp"
     subprocess.run([compiler, *flags, source, "-o", path], check=True)
     library = ctypes.CDLL(str(path))
-    for function in ("launch_count", "small_launch_count"):
+    for function in ("launch_count", "small_launch_count", "begun_count", "loaded_count"):
         getattr(library, function).restype = ctypes.c_int64
     library.last_stream.restype = ctypes.c_uint64
     library.get_backend.restype = ctypes.c_void_p

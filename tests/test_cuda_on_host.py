@@ -123,13 +123,14 @@ def test_strided_tensors_of_several_dimensions(gpu):
     ("count", "own_steps", "launches", "small"),
     [
         (1, False, 1, 1),
-        (84, False, 1, 1),
-        (85, False, 1, 0),
-        (148, False, 1, 0),
-        (681, False, 1, 0),
-        (682, False, 2, 1),
-        (1500, False, 3, 0),
-        (1000, True, 3, 0),
+        (148, False, 1, 1),
+        (167, False, 1, 1),
+        (168, False, 1, 0),
+        (1000, False, 1, 0),
+        (1361, False, 1, 0),
+        (1362, False, 2, 1),
+        (5000, False, 4, 0),
+        (1000, True, 4, 0),
     ],
 )
 def test_a_list_is_split_into_few_launches(count, own_steps, launches, small, gpu):

@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "error.hpp"
+#include "group_step.cuh"
 #include "step_kernel.cuh"
 
 namespace fusedstep::cuda {
@@ -19,6 +20,11 @@ template <class Rule, class T, class Placing, class Table>
 __global__ void __launch_bounds__(block_threads) step_kernel(const __grid_constant__ Table table) {
     step_table<Rule, T, Placing>(table,
                                  {blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)});
+}
+
+template <class Hyper>
+__global__ void begin_step_kernel(const GroupOnGpu<Hyper> group) {
+    begin_step(group);
 }
 
 // Makes a device's context current to the calling thread, and what was current before again at the end.
@@ -75,33 +81,77 @@ int resident_blocks(const void* kernel, int device) {
     return processors * std::max(blocks, 1);
 }
 
+// One kernel, and how large its grid may be on each device. To find that out loads it there.
 template <class Rule, class T, class Placing, class Table>
-void launch_table(const Table& table, int device, cudaStream_t stream) {
-    const void* const kernel = reinterpret_cast<const void*>(&step_kernel<Rule, T, Placing, Table>);
-    static std::atomic<int> known[most_cached_devices];
-    int blocks = device < most_cached_devices ? known[device].load(std::memory_order_relaxed) : 0;
-    if (blocks == 0) {
-        blocks = resident_blocks(kernel, device);
-        if (device < most_cached_devices) known[device].store(blocks, std::memory_order_relaxed);
+struct Kernel {
+    static const void* function() { return reinterpret_cast<const void*>(&step_kernel<Rule, T, Placing, Table>); }
+
+    static int most_blocks(int device) {
+        static std::atomic<int> known[most_cached_devices];
+        if (device >= most_cached_devices) return resident_blocks(function(), device);
+        int blocks = known[device].load(std::memory_order_relaxed);
+        if (blocks == 0) {
+            blocks = resident_blocks(function(), device);
+            known[device].store(blocks, std::memory_order_relaxed);
+        }
+        return blocks;
     }
-    const unsigned grid = std::min<unsigned>(table.chunks, blocks);
-    void* arguments[] = {const_cast<Table*>(&table)};
-    check(cudaLaunchKernel(kernel, grid, block_threads, arguments, 0, stream));
+
+    static void launch(const Table& table, int device, cudaStream_t stream) {
+        const unsigned grid = std::min<unsigned>(table.chunks, most_blocks(device));
+        void* arguments[] = {const_cast<Table*>(&table)};
+        check(cudaLaunchKernel(function(), grid, block_threads, arguments, 0, stream));
+    }
+};
+
+template <class Rule, class T, class Placing>
+void launch_placed(const Job& job, int device, cudaStream_t stream) {
+    for_each_table<Rule, T, Placing>(
+        job, [&](const auto& table) { Kernel<Rule, T, Placing, std::decay_t<decltype(table)>>::launch(table, device, stream); });
 }
 
 template <class Rule, class T>
 void launch_typed(const Job& job, int device, cudaStream_t stream) {
-    for_each_table<Rule, T, Dense>(job,
-                                   [&](const auto& table) { launch_table<Rule, T, Dense>(table, device, stream); });
-    for_each_table<Rule, T, Strided>(job,
-                                     [&](const auto& table) { launch_table<Rule, T, Strided>(table, device, stream); });
+    launch_placed<Rule, T, Dense>(job, device, stream);
+    launch_placed<Rule, T, Strided>(job, device, stream);
 }
 
+template <class Rule, class T>
+void load_typed(int device) {
+    Kernel<Rule, T, Dense, SmallTable>::most_blocks(device);
+    Kernel<Rule, T, Dense, LargeTable>::most_blocks(device);
+    Kernel<Rule, T, Strided, SmallTable>::most_blocks(device);
+    Kernel<Rule, T, Strided, LargeTable>::most_blocks(device);
+}
+
+struct RuleFunctions {
+    void (*launch)(const Job&, int, cudaStream_t);
+    void (*load)(int);
+};
+
 template <class... All>
-void launch_rule(RuleList<All...>, const Job& job, int device, cudaStream_t stream) {
-    using Launch = void (*)(const Job&, int, cudaStream_t);
-    static constexpr Launch launches[][dtype_count] = {{launch_typed<All, float>, launch_typed<All, double>}...};
-    launches[job.rule][static_cast<int>(job.dtype)](job, device, stream);
+const RuleFunctions& functions_in(RuleList<All...>, int rule, DType dtype) {
+    static constexpr RuleFunctions functions[][dtype_count] = {
+        {{launch_typed<All, float>, load_typed<All, float>}, {launch_typed<All, double>, load_typed<All, double>}}...};
+    return functions[rule][static_cast<int>(dtype)];
+}
+
+template <class Hyper>
+const void* begin_step_function() {
+    return reinterpret_cast<const void*>(&begin_step_kernel<Hyper>);
+}
+
+template <class Hyper>
+void load_begin_step() {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, begin_step_function<Hyper>()));
+}
+
+template <class Hyper>
+void launch_begin_step(const GroupOnGpu<Hyper>& group, int device, void* stream) {
+    const DeviceGuard guard(device);
+    void* arguments[] = {const_cast<GroupOnGpu<Hyper>*>(&group)};
+    check(cudaLaunchKernel(begin_step_function<Hyper>(), 1, 1, arguments, 0, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace
@@ -109,7 +159,22 @@ void launch_rule(RuleList<All...>, const Job& job, int device, cudaStream_t stre
 void launch(const Job& job, int device, void* stream) {
     if (job.elements() == 0) return;
     const DeviceGuard guard(device);
-    launch_rule(Rules{}, job, device, static_cast<cudaStream_t>(stream));
+    functions_in(Rules{}, job.rule, job.dtype).launch(job, device, static_cast<cudaStream_t>(stream));
+}
+
+void begin_gd_step(const GroupOnGpu<GdHyper>& group, int device, void* stream) {
+    launch_begin_step(group, device, stream);
+}
+
+void begin_adam_step(const GroupOnGpu<AdamHyper>& group, int device, void* stream) {
+    launch_begin_step(group, device, stream);
+}
+
+void load(int rule, DType dtype, int device) {
+    const DeviceGuard guard(device);
+    functions_in(Rules{}, rule, dtype).load(device);
+    load_begin_step<GdHyper>();
+    load_begin_step<AdamHyper>();
 }
 
 int device_of(const void* pointer) {

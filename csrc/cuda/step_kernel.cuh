@@ -47,50 +47,46 @@ FUSEDSTEP_INLINE void step_pack(void* const* streams, int64_t at, const Scalars&
     }
 }
 
-// Steps one chunk of a dense tensor, which begins `lead` elements past a pack boundary. Only the first and
-// the last pack of a tensor can be partial.
+// Steps one chunk of a dense tensor: elements from `begin`, which is before the first where that lies past a
+// pack boundary, to `end`. Only the first and the last pack of a tensor can be partial.
 template <class Rule, class T, int lanes, class Scalars>
-FUSEDSTEP_INLINE void step_packs(const Entry<Rule, Dense>& entry, int64_t chunk, int lead, const Scalars& scalars,
+FUSEDSTEP_INLINE void step_packs(void* const* streams, int64_t begin, int64_t end, const Scalars& scalars,
                                  const Place& place) {
-    void* streams[Rule::streams];
-    FUSEDSTEP_UNROLL
-    for (int k = 0; k < Rule::streams; ++k) streams[k] = entry.streams[k];
-    const int64_t size = entry.size;
-    const int64_t begin = chunk * chunk_elements<T> - lead;
-    const int64_t end = begin + chunk_elements<T> < size ? begin + chunk_elements<T> : size;
     for (int64_t at = begin + place.thread * lanes; at < end; at += place.threads * lanes) {
-        if (at >= 0 && at + lanes <= size) {
+        if (at >= 0 && at + lanes <= end) {
             step_pack<Rule, T, lanes>(streams, at, scalars);
         } else {
             for (int i = 0; i < lanes; ++i) {
-                if (at + i >= 0 && at + i < size) step_pack<Rule, T, 1>(streams, at + i, scalars);
+                if (at + i >= 0 && at + i < end) step_pack<Rule, T, 1>(streams, at + i, scalars);
             }
         }
     }
 }
 
+// Steps `count` elements of a chunk. A count that is less than a whole chunk's is the last one's.
 template <class Rule, class T, class Table, class Scalars>
-FUSEDSTEP_INLINE void step_chunk(const Table&, const Entry<Rule, Dense>& entry, int64_t chunk, const Scalars& scalars,
-                                 const Place& place) {
-    if (entry.placing.lead == Dense::no_packs)
-        step_packs<Rule, T, 1>(entry, chunk, 0, scalars, place);
+FUSEDSTEP_INLINE void step_chunk(const Table&, const Entry<Rule, Dense>&, void* const* streams, int64_t chunk,
+                                 int64_t count, const Scalars& scalars, const Place& place) {
+    const int lead = common_lead<T>(streams, Rule::streams);
+    const int64_t begin = chunk * chunk_elements<T> - (lead < 0 ? 0 : lead);
+    if (lead < 0)
+        step_packs<Rule, T, 1>(streams, begin, begin + count, scalars, place);
     else
-        step_packs<Rule, T, pack_lanes<T>>(entry, chunk, entry.placing.lead, scalars, place);
+        step_packs<Rule, T, pack_lanes<T>>(streams, begin, begin + count, scalars, place);
 }
 
 template <class Rule, class T, class Table, class Scalars>
-FUSEDSTEP_INLINE void step_chunk(const Table& table, const Entry<Rule, Strided>& entry, int64_t chunk,
-                                 const Scalars& scalars, const Place& place) {
-    const int64_t* const layout = table.template from_end<int64_t>(entry.placing.layout);
+FUSEDSTEP_INLINE void step_chunk(const Table& table, const Entry<Rule, Strided>& entry, void* const* streams,
+                                 int64_t chunk, int64_t count, const Scalars& scalars, const Place& place) {
+    const int64_t* const layout = table.template from_end<int64_t>(entry.layout);
     const int dimensions = static_cast<int>(layout[0]);
     const int64_t* const shape = layout + 1;
     const int64_t* const strides = shape + dimensions;
     const int64_t begin = chunk * chunk_elements<T>;
-    const int64_t end = begin + chunk_elements<T> < entry.size ? begin + chunk_elements<T> : entry.size;
-    for (int64_t at = begin + place.thread; at < end; at += place.threads) {
+    for (int64_t at = begin + place.thread; at < begin + count; at += place.threads) {
         char* elements[Rule::streams];
         FUSEDSTEP_UNROLL
-        for (int k = 0; k < Rule::streams; ++k) elements[k] = static_cast<char*>(entry.streams[k]);
+        for (int k = 0; k < Rule::streams; ++k) elements[k] = static_cast<char*>(streams[k]);
         uint64_t rest = static_cast<uint64_t>(at);
         for (int d = dimensions - 1; d >= 0; --d) {
             const uint64_t length = static_cast<uint64_t>(shape[d]);
@@ -128,14 +124,22 @@ FUSEDSTEP_INLINE uint32_t tensor_of(const E* entries, uint32_t from, uint32_t co
 template <class Rule, class T, class Placing, class Table>
 FUSEDSTEP_INLINE void step_table(const Table& table, const Place& place) {
     using E = Entry<Rule, Placing>;
-    using Scalars = typename Rule::template Scalars<T>;
+    using S = Shared<Rule, T>;
     const E* const entries = table.template entries<E>();
     uint32_t i = 0;
     for (uint32_t chunk = place.block; chunk < table.chunks; chunk += place.blocks) {
         i = tensor_of(entries, i, table.count, chunk);
+        const E& entry = entries[i];
+        const S& shared = *table.template from_end<S>(entry.shared);
+        void* streams[Rule::streams];
+        FUSEDSTEP_UNROLL
+        for (int k = 0; k < Rule::streams; ++k) {
+            streams[k] = reinterpret_cast<void*>(shared.bases[k] + uint64_t{entry.streams[k]} * sizeof(T));
+        }
+        const typename S::Scalars scalars = shared.on_gpu != nullptr ? *shared.on_gpu : shared.scalars;
         const uint32_t first = i == 0 ? 0 : entries[i - 1].chunks_end;
-        const Scalars scalars = *table.template from_end<Scalars>(entries[i].scalars);
-        step_chunk<Rule, T>(table, entries[i], chunk - first, scalars, place);
+        const int64_t count = chunk + 1 == entry.chunks_end ? entry.last : chunk_elements<T>;
+        step_chunk<Rule, T>(table, entry, streams, chunk - first, count, scalars, place);
     }
 }
 

@@ -1,32 +1,9 @@
 #include "hyper.hpp"
 
-#include <cmath>
+#include "power.hpp"
 
 namespace fusedstep {
 namespace {
-
-// A number as an unevaluated sum of two doubles, about 106 bits (Dekker 1971).
-struct DoubleDouble {
-    double high, low;
-};
-
-// Veltkamp's splitting rather than fma: the baseline build has no fma instruction.
-void split(double a, double& high, double& low) {
-    const double scaled = 134217729.0 * a;  // 2^27 + 1
-    high = scaled - (scaled - a);
-    low = a - high;
-}
-
-DoubleDouble multiply(DoubleDouble a, DoubleDouble b) {
-    double a1, a2, b1, b2;
-    split(a.high, a1, a2);
-    split(b.high, b1, b2);
-    const double product = a.high * b.high;
-    const double error = ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2;
-    const double tail = error + (a.high * b.low + a.low * b.high);
-    const double high = product + tail;
-    return {high, tail - (high - product)};
-}
 
 // base, base^2, base^4, ... as far as they have been asked for. They are kept from step to step because they
 // do not depend on the step, and squaring is most of the work of a power.
@@ -62,47 +39,17 @@ Squares& squares_of(double base) {
 
 }  // namespace
 
-double one_minus_power(double base, int64_t exponent) {
-    Squares& squares = squares_of(base);
-    DoubleDouble power{1.0, 0.0};
-    for (int i = 0; exponent != 0; ++i, exponent >>= 1) {
-        const DoubleDouble& square = squares[i];
-        // Below 1e-40 a power no longer changes 1 - power; stopping also keeps clear of denormals.
-        if (square.high < 1e-40) return 1.0;
-        if (exponent & 1) power = multiply(power, square);
-    }
-    return (1.0 - power.high) - power.low;
-}
+double one_minus_power(double base, int64_t exponent) { return one_minus_power_from(squares_of(base), exponent); }
 
 template <class T>
 GdScalars<T> scalars(const GdHyper& hyper, int64_t step) {
-    GdScalars<T> s;
-    s.grad_scale = static_cast<T>(hyper.maximize ? -hyper.grad_scale : hyper.grad_scale);
-    s.weight_decay = static_cast<T>(hyper.weight_decay);
-    s.momentum = static_cast<T>(hyper.momentum);
-    s.one_minus_dampening = static_cast<T>(1.0 - hyper.dampening);
-    s.neg_lr = static_cast<T>(-hyper.lr);
-    s.nesterov = hyper.nesterov;
-    s.first = step == 1;
-    return s;
+    return gd_scalars<T>(hyper, step);
 }
 
 template <class T>
 AdamScalars<T> scalars(const AdamHyper& hyper, int64_t step) {
-    const double correction1 = hyper.bias_correction ? one_minus_power(hyper.beta1, step) : 1.0;
-    const double correction2 = hyper.bias_correction ? one_minus_power(hyper.beta2, step) : 1.0;
-    AdamScalars<T> s;
-    s.grad_scale = static_cast<T>(hyper.maximize ? -hyper.grad_scale : hyper.grad_scale);
-    s.weight_decay = static_cast<T>(hyper.decoupled ? 0.0 : hyper.weight_decay);
-    s.param_decay = static_cast<T>(hyper.decoupled ? 1.0 - hyper.lr * hyper.weight_decay : 1.0);
-    s.moment_from_gradient = hyper.beta1 < 0.5;
-    s.moment_weight = static_cast<T>(s.moment_from_gradient ? -hyper.beta1 : 1.0 - hyper.beta1);
-    s.beta2 = static_cast<T>(hyper.beta2);
-    s.one_minus_beta2 = static_cast<T>(1.0 - hyper.beta2);
-    s.inv_sqrt_correction = static_cast<T>(1.0 / std::sqrt(correction2));
-    s.eps = static_cast<T>(hyper.eps);
-    s.neg_step_size = static_cast<T>(-hyper.lr / correction1);
-    return s;
+    return adam_scalars<T>(hyper, hyper.bias_correction ? one_minus_power(hyper.beta1, step) : 1.0,
+                           hyper.bias_correction ? one_minus_power(hyper.beta2, step) : 1.0);
 }
 
 template GdScalars<float> scalars<float>(const GdHyper&, int64_t);
