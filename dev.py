@@ -72,7 +72,11 @@ def lint(arguments: list[str]) -> None:
         "optional-dependencies"
     ]
     run(python, "-m", "pip", "install", "-q", "numpy", *extras["lint"])
-    sources = sorted((ROOT / "csrc").glob("*/*.?pp"))
+    sources = sorted(
+        path
+        for pattern in ("csrc/*/*.?pp", "csrc/*/*.cu*", "tests/native/*.cpp")
+        for path in ROOT.glob(pattern)
+    )
     run(python, "-m", "ruff", "check", *arguments, cwd=ROOT)
     run(python, "-m", "ruff", "format", "--check", cwd=ROOT)
     run(python.parent / "clang-format", "--dry-run", "--Werror", *sources)

@@ -41,6 +41,12 @@ class OnGpu:
     __cuda_array_interface__ = {"shape": SHAPE, "typestr": "<f4", "data": (0, False), "version": 3}  # noqa: RUF012
 
 
+@pytest.fixture(autouse=True)
+def _without_cuda(monkeypatch):
+    """As in a build without the CUDA backend; with one, test_gpu_arrays.py looks at GPU arrays."""
+    monkeypatch.setitem(sys.modules, "fusedstep._cuda", None)
+
+
 def random(shape=SHAPE, dtype=np.float32, seed=0):
     return np.random.default_rng(seed).random(shape).astype(dtype)
 

@@ -1,5 +1,7 @@
 #include "array_view.hpp"
 
+#include "gpu_arrays.hpp"
+
 namespace fusedstep {
 namespace {
 
@@ -18,29 +20,6 @@ const Descriptors& descriptors() {
     return found;
 }
 
-bool read_dtype(PyObject* descriptor, DType& dtype) {
-    if (descriptor == descriptors().float32) {
-        dtype = DType::float32;
-        return true;
-    }
-    if (descriptor == descriptors().float64) {
-        dtype = DType::float64;
-        return true;
-    }
-    const auto* proxy = py::detail::array_descriptor1_proxy(descriptor);
-    const int number = proxy->type_num;
-    dtype = number == numpy_float32 ? DType::float32 : DType::float64;
-    const bool native = py::reinterpret_borrow<py::object>(descriptor).attr("isnative").cast<bool>();
-    return native && (number == numpy_float32 || number == numpy_float64);
-}
-
-std::string type_name(py::handle object) {
-    const py::handle type(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
-    const std::string module = py::str(type.attr("__module__"));
-    const std::string name = py::str(type.attr("__qualname__"));
-    return module == "builtins" ? name : module + "." + name;
-}
-
 // What to do about an object that is not a NumPy array.
 [[noreturn]] void refuse(py::handle object, const ArrayName& name) {
     const std::string what = name.text();
@@ -55,11 +34,6 @@ std::string type_name(py::handle object) {
         throw py::type_error(what +
                              ": a jax.Array is immutable, so it cannot be updated in place; keep it in a "
                              "NumPy array (numpy.array(x) copies it)");
-    }
-    if (py::hasattr(object, "__cuda_array_interface__")) {
-        throw py::type_error(what + ": " + type +
-                             " is a GPU array, but this build of fusedstep has no CUDA backend; "
-                             "copy it to the host (cupy.asnumpy(x), x.cpu().numpy())");
     }
     if (py::isinstance(object, py::module_::import("numpy").attr("generic"))) {
         throw py::type_error(expected + ", a scalar; pass numpy.asarray(" + what + ")");
@@ -78,6 +52,34 @@ std::string type_name(py::handle object) {
 
 }  // namespace
 
+std::string type_name(py::handle object) {
+    const py::handle type(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
+    const std::string module = py::str(type.attr("__module__"));
+    const std::string name = py::str(type.attr("__qualname__"));
+    return module == "builtins" ? name : module + "." + name;
+}
+
+[[gnu::always_inline]] inline bool read_usual_dtype(PyObject* descriptor, DType& dtype) {
+    if (descriptor == descriptors().float32) {
+        dtype = DType::float32;
+        return true;
+    }
+    if (descriptor == descriptors().float64) {
+        dtype = DType::float64;
+        return true;
+    }
+    return false;
+}
+
+bool read_dtype(PyObject* descriptor, DType& dtype) {
+    if (read_usual_dtype(descriptor, dtype)) return true;
+    const auto* proxy = py::detail::array_descriptor1_proxy(descriptor);
+    const int number = proxy->type_num;
+    dtype = number == numpy_float32 ? DType::float32 : DType::float64;
+    const bool native = py::reinterpret_borrow<py::object>(descriptor).attr("isnative").cast<bool>();
+    return native && (number == numpy_float32 || number == numpy_float64);
+}
+
 std::string ArrayName::text() const {
     std::string text = role;
     if (suffix != nullptr) text += *suffix;
@@ -92,12 +94,12 @@ int64_t ArrayView::size() const {
 }
 
 std::string ArrayView::dtype_text() const {
-    const py::handle dtype = object.attr("dtype");
-    const std::string name = py::str(dtype.attr("name"));
-    return dtype.attr("isnative").cast<bool>() ? name : "byte-swapped " + name;
+    const py::object dtype = object.attr("dtype");
+    const std::string name = py::str(py::getattr(dtype, "name", dtype));
+    return py::getattr(dtype, "isnative", py::bool_(true)).cast<bool>() ? name : "byte-swapped " + name;
 }
 
-std::string ArrayView::shape_text() const { return py::str(object.attr("shape")); }
+std::string ArrayView::shape_text() const { return py::str(py::tuple(object.attr("shape"))); }
 
 bool ArrayView::same_shape(const ArrayView& other) const {
     if (dimensions != other.dimensions) return false;
@@ -107,25 +109,36 @@ bool ArrayView::same_shape(const ArrayView& other) const {
     return true;
 }
 
-ArrayView view_array(py::handle object, const ArrayName& name) {
-    const auto& numpy = py::detail::npy_api::get();
-    if (Py_TYPE(object.ptr()) != numpy.PyArray_Type_) {
-        if (!PyObject_TypeCheck(object.ptr(), numpy.PyArray_Type_)) refuse(object, name);
-        // A subclass shares its memory as an array does, memmap for one; only a mask changes what it means.
-        if (py::isinstance(object, py::module_::import("numpy.ma").attr("MaskedArray"))) {
-            throw py::type_error(name.text() + ": a masked array, whose mask a step would not respect; pass its .data");
-        }
-    }
-    const auto* array = py::detail::array_proxy(object.ptr());
+[[gnu::always_inline]] inline ArrayView view_ndarray(PyObject* object) {
+    const auto* array = py::detail::array_proxy(object);
     ArrayView view;
     view.data = array->data;
     view.shape = array->dimensions;
     view.strides = array->strides;
     view.dimensions = array->nd;
     view.flags = array->flags;
-    view.known_dtype = read_dtype(array->descr, view.dtype);
+    view.known_dtype = read_usual_dtype(array->descr, view.dtype) || read_dtype(array->descr, view.dtype);
+    view.device = ArrayView::host;
     view.object = object;
     return view;
+}
+
+[[gnu::noinline]] ArrayView view_other(py::handle object, const ArrayName& name, GpuArrays& gpu_arrays) {
+    if (!PyObject_TypeCheck(object.ptr(), py::detail::npy_api::get().PyArray_Type_)) {
+        ArrayView view;
+        if (!gpu_arrays.view(object, name, view)) refuse(object, name);
+        return view;
+    }
+    // A subclass shares its memory as an array does, memmap for one; only a mask changes what it means.
+    if (py::isinstance(object, py::module_::import("numpy.ma").attr("MaskedArray"))) {
+        throw py::type_error(name.text() + ": a masked array, whose mask a step would not respect; pass its .data");
+    }
+    return view_ndarray(object.ptr());
+}
+
+ArrayView view_array(py::handle object, const ArrayName& name, GpuArrays& gpu_arrays) {
+    const bool usual = Py_TYPE(object.ptr()) == py::detail::npy_api::get().PyArray_Type_;
+    return usual ? view_ndarray(object.ptr()) : view_other(object, name, gpu_arrays);
 }
 
 }  // namespace fusedstep

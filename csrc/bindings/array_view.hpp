@@ -24,6 +24,8 @@ struct ArrayName {
 };
 
 struct ArrayView {
+    static constexpr int host = -1;
+
     char* data;
     const py::ssize_t* shape;
     const py::ssize_t* strides;
@@ -31,6 +33,7 @@ struct ArrayView {
     int flags;
     DType dtype;
     bool known_dtype;  // false: an ndarray of a type that no kernel has
+    int device;        // `host`, or the number of a GPU
     py::handle object;
 
     bool c_contiguous() const { return (flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_) != 0; }
@@ -41,9 +44,20 @@ struct ArrayView {
     std::string dtype_text() const;
     std::string shape_text() const;
     bool same_shape(const ArrayView& other) const;
+    // The library whose functions an error advises.
+    const char* library() const { return device == host ? "numpy" : "cupy"; }
 };
 
-// Throws TypeError, with advice, for anything that is not a NumPy array.
-ArrayView view_array(py::handle object, const ArrayName& name);
+class GpuArrays;
+
+// Throws TypeError, with advice, for anything that is neither a NumPy array nor an array on a GPU; what a view
+// of the latter points to is kept by `gpu_arrays`.
+ArrayView view_array(py::handle object, const ArrayName& name, GpuArrays& gpu_arrays);
+
+// "cupy.ndarray"
+std::string type_name(py::handle object);
+
+// The element type of a NumPy dtype; false when no kernel has it.
+bool read_dtype(PyObject* descriptor, DType& dtype);
 
 }  // namespace fusedstep

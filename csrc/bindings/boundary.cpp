@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "gpu_arrays.hpp"
+
 namespace fusedstep {
 namespace {
 
@@ -18,16 +20,17 @@ void check_like_parameter(const ArrayView& view, const ArrayView& parameter, boo
     if (!view.known_dtype || view.dtype != parameter.dtype) {
         const std::string what = name.text(), wanted = fusedstep::name(parameter.dtype);
         throw py::type_error(what + ": " + view.dtype_text() + ", but its parameter is " + wanted + "; " +
-                             (is_gradient ? "pass " + what + ".astype('" + wanted + "')"
-                                          : "allocate it with numpy.zeros_like(parameter)"));
+                             (is_gradient
+                                  ? "pass " + what + ".astype('" + wanted + "')"
+                                  : "allocate it with " + std::string(view.library()) + ".zeros_like(parameter)"));
     }
     if (!view.same_shape(parameter)) {
         throw py::value_error(name.text() + ": shape " + view.shape_text() + ", but its parameter has shape " +
                               parameter.shape_text());
     }
     if (!view.aligned()) {
-        throw py::value_error(name.text() +
-                              ": its elements are not aligned to their size; pass a copy (numpy.array(x))");
+        throw py::value_error(name.text() + ": its elements are not aligned to their size; pass a copy (" +
+                              view.library() + ".array(x))");
     }
 }
 
@@ -47,7 +50,8 @@ void check_written(const ArrayView& view, const ArrayName& name) {
         if (stride < covered) {
             throw py::value_error(name.text() +
                                   ": elements of the array overlap in memory (a broadcast or otherwise "
-                                  "strided view), but a step writes to it; pass a copy (numpy.array(x))");
+                                  "strided view), but a step writes to it; pass a copy (" +
+                                  view.library() + ".array(x))");
         }
         covered += stride * (length - 1);
     }
@@ -95,6 +99,17 @@ bool is_dense(const StridedLayout& layout, int streams, int item) {
         if (layout.strides[k][0] != item) return false;
     }
     return true;
+}
+
+// An array to ask NumPy about shared memory with. NumPy looks only at addresses, so a GPU's do as well.
+py::object as_numpy(const Extent& extent) {
+    if (py::isinstance<py::array>(extent.object)) return py::reinterpret_borrow<py::object>(extent.object);
+    GpuArrays arrays;
+    const ArrayView view = view_array(extent.object, extent.name, arrays);
+    const py::dtype dtype = view.dtype == DType::float32 ? py::dtype::of<float>() : py::dtype::of<double>();
+    const std::vector<py::ssize_t> shape(view.shape, view.shape + view.dimensions);
+    const std::vector<py::ssize_t> strides(view.strides, view.strides + view.dimensions);
+    return py::array(dtype, shape, strides, view.data, py::reinterpret_borrow<py::object>(extent.object));
 }
 
 }  // namespace
@@ -166,7 +181,7 @@ bool share_memory(const Extent& a, const Extent& b) {
     // Exact, and NumPy bounds the work: where it gives up, so do we.
     const py::module_ numpy = py::module_::import("numpy");
     try {
-        return numpy.attr("shares_memory")(a.object, b.object, 1000000).cast<bool>();
+        return numpy.attr("shares_memory")(as_numpy(a), as_numpy(b), 1000000).cast<bool>();
     } catch (py::error_already_set& error) {
         if (error.matches(numpy.attr("exceptions").attr("TooHardError"))) return true;
         throw;

@@ -19,7 +19,10 @@ void add_parameter(StepCall& call, int rule, const Arguments& arrays, const Hype
     const char* const* roles = stream_roles(rule);
     const RuleStreams streams = rule_streams[rule];
     ArrayView views[max_streams];
-    for (int k = 0; k < streams.count; ++k) views[k] = view_array(arrays[k], {roles[k], index});
+    for (int k = 0; k < streams.count; ++k) {
+        views[k] = view_array(arrays[k], {roles[k], index}, call.gpu_arrays);
+        call.placement.check(views[k], {roles[k], index});
+    }
     Tensor tensor = bind(rule, views, {"", index}, call.layouts);
     for (int k = 0; k < streams.count; ++k) {
         call.extents.push_back(extent_of(views[k], (streams.written >> k & 1) != 0, {roles[k], index}));

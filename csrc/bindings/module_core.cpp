@@ -61,8 +61,6 @@ py::dict config() {
     config["isa_reason"] = cpu::chosen_isa_reason();
     config["num_threads"] = cpu::num_threads();
     config["num_threads_reason"] = cpu::num_threads_reason();
-    config["backends"] =
-        py::dict(py::arg("cpu") = "available", py::arg("cuda") = "not built: this version has CPU kernels only");
     return config;
 }
 

@@ -131,8 +131,8 @@ struct alignas(64) Watch {
     int8_t dimensions;
     int8_t rule;
     DType dtype;
-    bool c_contiguous;  // and the state too
-    size_t shape;       // its place in shapes_
+    bool usual;    // a NumPy array, C-contiguous as its state is
+    size_t shape;  // its place in shapes_
 
     // The memory around the last gradient that no array of ours lies in.
     const char* gap_begin = nullptr;
@@ -190,6 +190,7 @@ public:
         const std::lock_guard<Optimizer> lock(*this);
         const size_t before = parameters_.size();
         std::vector<PyObject*> arrays;
+        call_.clear();
         try {
             for (size_t i = 0; i < params.size(); ++i) {
                 add_parameter(params, keys, state, suffixes, i);
@@ -294,7 +295,7 @@ private:
         }
         parameter.group = groups_.size();
         parameter.rule = Family<Hyper>::rule(parameter.state.size());
-        parameter.view = view_array(parameter.object, {"params", -1, &parameter.suffix});
+        parameter.view = view_array(parameter.object, {"params", -1, &parameter.suffix}, call_.gpu_arrays);
         // The gradient's place is taken by the parameter itself: it is the one array whose layout is known.
         LayoutStore layouts;
         ArrayView views[max_streams];
@@ -306,36 +307,58 @@ private:
         }
         parameter.shape.assign(parameter.view.shape, parameter.view.shape + parameter.view.dimensions);
         parameter.strides.assign(parameter.view.strides, parameter.view.strides + parameter.view.dimensions);
-        const auto* array = py::detail::array_proxy(parameter.object.ptr());
-        watches_.push_back({parameter.object.ptr(), array->data, array->descr,
-                            tensor.size * item_size(parameter.view.dtype), array->flags, static_cast<int8_t>(array->nd),
-                            static_cast<int8_t>(parameter.rule), parameter.view.dtype, parameter.c_contiguous,
-                            shapes_.size()});
+        // What a view points to does not outlive a call.
+        parameter.view.shape = parameter.shape.data();
+        parameter.view.strides = parameter.strides.data();
+        watches_.push_back(watch_of(parameter, tensor));
         shapes_.insert(shapes_.end(), parameter.shape.begin(), parameter.shape.end());
         tensors_.push_back(tensor);
         steps_.push_back(0);
         parameters_.push_back(std::move(parameter));
     }
 
+    Watch watch_of(const Parameter& parameter, const Tensor& tensor) const {
+        Watch watch{};
+        watch.array = parameter.object.ptr();
+        watch.data = parameter.view.data;
+        watch.bytes = tensor.size * item_size(parameter.view.dtype);
+        watch.rule = static_cast<int8_t>(parameter.rule);
+        watch.dtype = parameter.view.dtype;
+        watch.shape = shapes_.size();
+        watch.usual = parameter.view.device == ArrayView::host && parameter.c_contiguous;
+        if (watch.usual) {
+            const auto* const array = py::detail::array_proxy(watch.array);
+            watch.descriptor = array->descr;
+            watch.flags = array->flags;
+            watch.dimensions = static_cast<int8_t>(array->nd);
+        }
+        return watch;
+    }
+
     // The arrays of a parameter in the order of its rule's streams.
-    static void views_of(const Parameter& parameter, const ArrayView& gradient, ArrayView* views) {
+    void views_of(const Parameter& parameter, const ArrayView& gradient, ArrayView* views) {
         const char* const* roles = stream_roles(parameter.rule);
-        views[0] = view_array(parameter.object, {"params", -1, &parameter.suffix});
+        views[0] = view_array(parameter.object, {"params", -1, &parameter.suffix}, call_.gpu_arrays);
         views[1] = gradient;
         for (size_t k = 0; k < parameter.state.size(); ++k) {
-            views[2 + k] = view_array(parameter.state[k], {roles[2 + k], -1, &parameter.suffix});
+            views[2 + k] = view_array(parameter.state[k], {roles[2 + k], -1, &parameter.suffix}, call_.gpu_arrays);
         }
     }
 
+    // Everything that a step may write, which must all be in one place.
     void find_owned() {
         owned_.clear();
+        Placement placement;
         for (const Parameter& parameter : parameters_) {
             const char* const* roles = stream_roles(parameter.rule);
             ArrayView views[max_streams];
             views_of(parameter, parameter.view, views);
             for (int k = 0; k < rule_streams[parameter.rule].count; ++k) {
-                const Extent extent = extent_of(views[k], true, {roles[k], -1, &parameter.suffix});
-                if (k != 1 && extent.begin != extent.end) owned_.push_back(extent);
+                if (k == 1) continue;
+                const ArrayName name{roles[k], -1, &parameter.suffix};
+                placement.check(views[k], name);
+                const Extent extent = extent_of(views[k], true, name);
+                if (extent.begin != extent.end) owned_.push_back(extent);
             }
         }
         for (Watch& watch : watches_) watch.gap_begin = watch.gap_end = nullptr;
@@ -373,7 +396,9 @@ private:
                     prefetch_object(watches_[i + 16].array);
                     prefetch_object(prepared.gradients[i + 16].ptr());
                 }
-                if (i + 8 < end) prefetch_shapes(watches_[i + 8].array, prepared.gradients[i + 8].ptr());
+                if (i + 8 < end && watches_[i + 8].usual) {
+                    prefetch_shapes(watches_[i + 8].array, prepared.gradients[i + 8].ptr());
+                }
                 if (!prepared.gradients[i].is_none()) add_gradient(i, prepared.gradients[i], prepared.hypers[g]);
             }
         }
@@ -507,7 +532,7 @@ private:
     // The usual case, quickly: the parameter is as it was when it was checked, the gradient is a C-contiguous
     // array like it, and lies where it was seen to be in nobody's way. Everything else is checked_tensor's.
     bool is_as_before(const Watch& watch, py::handle gradient) const {
-        if (!watch.c_contiguous || Py_TYPE(gradient.ptr()) != Py_TYPE(watch.array)) return false;
+        if (!watch.usual || Py_TYPE(gradient.ptr()) != Py_TYPE(watch.array)) return false;
         const auto* g = py::detail::array_proxy(gradient.ptr());
         const auto* p = py::detail::array_proxy(watch.array);
         constexpr int needed = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
@@ -526,8 +551,11 @@ private:
     Tensor checked_tensor(int64_t i, py::handle object) {
         const Parameter& parameter = parameters_[i];
         const ArrayName name{"grads", -1, &parameter.suffix};
-        const ArrayView gradient = view_array(object, name);
-        const ArrayView p = view_array(parameter.object, {"params", -1, &parameter.suffix});
+        const ArrayName own_name{"params", -1, &parameter.suffix};
+        const ArrayView p = view_array(parameter.object, own_name, call_.gpu_arrays);
+        const ArrayView gradient = view_array(object, name, call_.gpu_arrays);
+        call_.placement.check(p, own_name);
+        call_.placement.check(gradient, name);
         if (!unchanged(parameter, p)) throw_changed(parameter, p);
         check_gradient(gradient, p, name);
         Tensor tensor = tensors_[i];
@@ -556,7 +584,7 @@ private:
             if (share_memory(*owned, extent)) {
                 // It may be memory that a parameter has left.
                 for (const Parameter& other : parameters_) {
-                    const ArrayView p = view_array(other.object, {"params", -1, &other.suffix});
+                    const ArrayView p = view_array(other.object, {"params", -1, &other.suffix}, call_.gpu_arrays);
                     if (!unchanged(other, p)) throw_changed(other, p);
                 }
                 throw_overlap(*owned, extent);
@@ -632,7 +660,8 @@ void bind_optimizer(py::module_& module) {
     // Before there is any state for it.
     module.def("check_parameter", [](py::handle param, const std::string& suffix) {
         const ArrayName name{"params", -1, &suffix};
-        const ArrayView view = view_array(param, name);
+        GpuArrays gpu_arrays;
+        const ArrayView view = view_array(param, name, gpu_arrays);
         const ArrayView views[] = {view, view};
         LayoutStore layouts;
         bind(rule_index<Gd>, views, name, layouts);

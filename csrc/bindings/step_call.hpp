@@ -11,6 +11,7 @@
 #include "../cpu/run.hpp"
 #include "../cpu/thread_pool.hpp"
 #include "boundary.hpp"
+#include "gpu_arrays.hpp"
 #include "hyper_reader.hpp"
 
 namespace fusedstep {
@@ -20,8 +21,12 @@ class StepCall {
 public:
     LayoutStore layouts;
     std::vector<Extent> extents;
+    GpuArrays gpu_arrays;
+    Placement placement;
 
     void clear() {
+        gpu_arrays.clear();
+        placement.clear();
         layouts.clear();
         extents.clear();
         scalars_used_ = 0;
@@ -56,6 +61,10 @@ public:
 
     // The settings it needs are read first: if the environment names nonsense, nothing has been written.
     void run() const {
+        if (placement.device() >= 0) {
+            run_on_gpu();
+            return;
+        }
         cpu::chosen_isa();
         cpu::num_threads();
         if (cpu::is_long(bytes())) {
@@ -103,6 +112,13 @@ private:
                           static_cast<int64_t>(work.tensors.size())});
             }
         }
+    }
+
+    [[gnu::noinline]] void run_on_gpu() const {
+        // A launch can wait for room in the GPU's queue.
+        const py::gil_scoped_release release;
+        for_each_job(
+            [&](const Job& job) { gpu_arrays.backend().launch(job, placement.device(), gpu_arrays.stream()); });
     }
 
     int64_t bytes() const {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -585,8 +586,20 @@ def _suffixes(structure: str, names: Sequence[str | None], where: str) -> list[s
 def _zeros_like(param: Array) -> Array:
     """Return zeros in the parameter's layout, on whole cache lines.
 
-    The pages are first touched by the threads that will update them.
+    The pages are first touched by the threads that will update them. On a GPU the parameter's own
+    library allocates.
     """
+    if not isinstance(param, np.ndarray):
+        library = type(param).__module__.partition(".")[0]
+        if library == "cupy":
+            with param.device:
+                return sys.modules[library].zeros_like(param)
+        if library == "torch":
+            return sys.modules[library].zeros_like(param)
+        raise TypeError(
+            f"params: an optimizer cannot allocate state like a {type(param).__qualname__} of "
+            f"{library}; keep the state yourself and call a function (adam_step)"
+        )
     cache_line = 64
     strides = np.empty_like(param, order="K", subok=False).strides
     memory = np.empty(param.nbytes + cache_line, np.uint8)

@@ -1,6 +1,7 @@
 """Print what is installed, what this machine offers, and what a step would run on."""
 
 import argparse
+import importlib
 import json
 import platform
 import sys
@@ -44,6 +45,7 @@ def collect() -> dict[str, Any]:
     """Return all that `info` prints, ready for JSON."""
     return {
         **_core.config(),
+        "backends": {"cpu": "available", "cuda": _cuda_state()},
         "optional_packages": {name: _version(name) for name in OPTIONAL_PACKAGES},
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "numpy": np.__version__,
@@ -75,6 +77,22 @@ def format_config(config: dict[str, Any]) -> str:
         ("cpu", config["cpu"]),
     ]
     return "\n".join(f"{label:<19} {value}".rstrip() for label, value in rows)
+
+
+def _cuda_state() -> str:
+    """Return what the CUDA backend was built for and runs on, or why it does not run."""
+    try:
+        cuda = importlib.import_module("fusedstep._cuda")
+    except ModuleNotFoundError:
+        return "not built: this build has CPU kernels only"
+    except ImportError as error:
+        return f"does not load: {error}"
+    info = cuda.info()
+    built = f"built with CUDA {info['toolkit']} for {info['architectures']}"
+    if info["error"] is not None:
+        return f"{built}; {info['error']}"
+    devices = ", ".join(f"{d['name']} ({d['compute_capability']})" for d in info["devices"])
+    return f"{built}; driver for CUDA {info['driver']}; {devices}"
 
 
 def _version(distribution: str) -> str | None:

@@ -1,0 +1,262 @@
+#include "gpu_arrays.hpp"
+
+#include <cstring>
+
+#include "dlpack.hpp"
+
+namespace fusedstep {
+namespace {
+
+using NumPy = py::detail::npy_api;
+
+// The default stream, by the handle that CUDA, DLPack and the array interface all give it.
+void* const legacy_stream = reinterpret_cast<void*>(1);
+
+void* stream_handle(py::handle number) {
+    void* const handle = reinterpret_cast<void*>(number.cast<uintptr_t>());
+    return handle == nullptr ? legacy_stream : handle;
+}
+
+// A module, if something has imported it.
+py::handle loaded_module(const char* name) {
+    return PyDict_GetItemString(PyImport_GetModuleDict(), name);  // borrowed
+}
+
+bool is_instance_of(py::handle object, const char* module, const char* type) {
+    const py::handle loaded = loaded_module(module);
+    return loaded && py::hasattr(loaded, type) && py::isinstance(object, loaded.attr(type));
+}
+
+bool is_native_float(const char* type, DType& dtype) {
+    if (std::strcmp(type, "<f4") == 0) {
+        dtype = DType::float32;
+        return true;
+    }
+    dtype = DType::float64;
+    return std::strcmp(type, "<f8") == 0;
+}
+
+// The flags that NumPy would give an array of this layout.
+int layout_flags(const ArrayView& view, int item) {
+    bool c = true, f = true, aligned = reinterpret_cast<uintptr_t>(view.data) % item == 0;
+    bool empty = false;
+    for (int d = 0; d < view.dimensions; ++d) empty = empty || view.shape[d] == 0;
+    py::ssize_t expected_c = item, expected_f = item;
+    for (int d = 0; d < view.dimensions && !empty; ++d) {
+        const int e = view.dimensions - 1 - d;
+        if (view.shape[e] != 1) c = c && view.strides[e] == expected_c;
+        if (view.shape[d] != 1) f = f && view.strides[d] == expected_f;
+        if (view.shape[d] != 1) aligned = aligned && view.strides[d] % item == 0;
+        expected_c *= view.shape[e];
+        expected_f *= view.shape[d];
+    }
+    return (c ? NumPy::NPY_ARRAY_C_CONTIGUOUS_ : 0) | (f ? NumPy::NPY_ARRAY_F_CONTIGUOUS_ : 0) |
+           (aligned || empty ? NumPy::NPY_ARRAY_ALIGNED_ : 0);
+}
+
+void set_c_strides(py::ssize_t* strides, const ArrayView& view, py::ssize_t item) {
+    for (int d = view.dimensions - 1; d >= 0; --d) {
+        strides[d] = item;
+        item *= view.shape[d];
+    }
+}
+
+void read_tuple(py::handle tuple, py::ssize_t* to) {
+    for (const py::handle item : py::reinterpret_borrow<py::tuple>(tuple)) *to++ = item.cast<py::ssize_t>();
+}
+
+// The description inside a DLPack capsule, and whether the array may be written.
+const dlpack::Tensor& tensor_in(const py::capsule& capsule, bool& writeable) {
+    writeable = true;
+    if (std::strcmp(capsule.name(), "dltensor_versioned") == 0) {
+        const auto* managed = capsule.get_pointer<dlpack::ManagedTensorVersioned>();
+        if (managed->major != 1) {
+            throw py::type_error("DLPack version " + std::to_string(managed->major) + " is not supported");
+        }
+        writeable = (managed->flags & dlpack::flag_read_only) == 0;
+        return managed->tensor;
+    }
+    return capsule.get_pointer<dlpack::ManagedTensor>()->tensor;
+}
+
+// Asks for a capsule with DLPack 1, then as producers older than that are asked.
+py::capsule dlpack_capsule(py::handle array, int stream) {
+    const py::object method = array.attr("__dlpack__");
+    try {
+        return method(py::arg("stream") = stream, py::arg("max_version") = py::make_tuple(1, 0));
+    } catch (py::error_already_set& error) {
+        if (!error.matches(PyExc_TypeError)) throw;
+    }
+    return method(py::arg("stream") = stream);
+}
+
+}  // namespace
+
+void GpuArrays::clear() {
+    used_ = 0;
+    backend_ = nullptr;
+    library_ = Library::none;
+    stream_ = nullptr;
+}
+
+bool GpuArrays::view(py::handle object, const ArrayName& name, ArrayView& view) {
+    view.object = object;
+    view.flags = NumPy::NPY_ARRAY_WRITEABLE_;
+    if (is_instance_of(object, "cupy", "ndarray")) {
+        view_cupy(object, name, view);
+    } else if (is_instance_of(object, "jax", "Array")) {
+        return false;
+    } else if (py::hasattr(object, "__dlpack__")) {
+        if (!view_dlpack(object, name, view)) return false;
+    } else if (py::hasattr(object, "__cuda_array_interface__")) {
+        view_interface(object, name, view);
+    } else {
+        return false;
+    }
+    view.flags |= layout_flags(view, view.known_dtype ? item_size(view.dtype) : 1);
+    return true;
+}
+
+void GpuArrays::find_backend(py::handle array, const ArrayName& name) {
+    if (backend_ != nullptr) return;
+    const std::string is_gpu_array = name.text() + ": " + type_name(array) + " is a GPU array, but ";
+    py::capsule capsule;
+    try {
+        capsule = py::module_::import("fusedstep._cuda").attr("backend");
+    } catch (py::error_already_set& error) {
+        if (error.matches(PyExc_ModuleNotFoundError)) {
+            throw py::type_error(is_gpu_array +
+                                 "this build of fusedstep has no CUDA backend; copy it to the host "
+                                 "(cupy.asnumpy(x), x.cpu().numpy())");
+        }
+        if (!error.matches(PyExc_ImportError)) throw;
+        throw py::type_error(is_gpu_array +
+                             "fusedstep's CUDA backend does not load: " + std::string(py::str(error.value())));
+    }
+    const auto* backend = capsule.get_pointer<const GpuBackend>();
+    if (std::strcmp(backend->version, FUSEDSTEP_VERSION) != 0) {
+        throw py::type_error(is_gpu_array + "fusedstep._cuda is of version " + backend->version +
+                             " and fusedstep._core of " FUSEDSTEP_VERSION "; install fusedstep again");
+    }
+    backend_ = backend;
+}
+
+void GpuArrays::view_cupy(py::handle array, const ArrayName& name, ArrayView& view) {
+    find_backend(array, name);
+    const py::object memory = array.attr("data");
+    const py::tuple shape = array.attr("shape"), strides = array.attr("strides");
+    view.data = reinterpret_cast<char*>(memory.attr("ptr").cast<uintptr_t>());
+    view.device = memory.attr("device_id").cast<int>();
+    view.known_dtype = read_dtype(array.attr("dtype").ptr(), view.dtype);
+    view.dimensions = static_cast<int>(shape.size());
+    py::ssize_t* const extents = new_extents(view.dimensions);
+    read_tuple(shape, extents);
+    read_tuple(strides, extents + view.dimensions);
+    view.shape = extents;
+    view.strides = extents + view.dimensions;
+    if (library_ == Library::cupy) return;
+    const py::object stream = loaded_module("cupy").attr("cuda").attr("get_current_stream")(view.device);
+    set_stream(Library::cupy, stream_handle(stream.attr("ptr")), name);
+}
+
+bool GpuArrays::view_dlpack(py::handle array, const ArrayName& name, ArrayView& view) {
+    const py::tuple where = array.attr("__dlpack_device__")();
+    const int type = where[0].cast<int>();
+    if (type != dlpack::cuda && type != dlpack::cuda_managed) return false;
+    find_backend(array, name);
+    // PyTorch says which stream it is using, and a step joins it. Others can only be told to have the data
+    // ready for the default stream, where the step then runs.
+    const bool torch = is_instance_of(array, "torch", "Tensor");
+    py::capsule capsule;
+    try {
+        capsule = dlpack_capsule(array, torch ? -1 : 1);
+    } catch (py::error_already_set& error) {
+        throw py::type_error(name.text() + ": __dlpack__ failed: " + std::string(py::str(error.value())));
+    }
+    bool writeable;
+    const dlpack::Tensor& tensor = tensor_in(capsule, writeable);
+    if (!writeable) view.flags = 0;
+    view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+    view.device = tensor.device.id;
+    view.dimensions = tensor.ndim;
+    const bool is_float = tensor.dtype.code == dlpack::floating && tensor.dtype.lanes == 1;
+    view.dtype = tensor.dtype.bits == 32 ? DType::float32 : DType::float64;
+    view.known_dtype = is_float && (tensor.dtype.bits == 32 || tensor.dtype.bits == 64);
+    py::ssize_t* const extents = new_extents(view.dimensions);
+    view.shape = extents;
+    view.strides = extents + view.dimensions;
+    std::copy(tensor.shape, tensor.shape + tensor.ndim, extents);
+    const py::ssize_t item = tensor.dtype.bits / 8;
+    if (tensor.strides == nullptr) set_c_strides(extents + view.dimensions, view, item);
+    for (int d = 0; d < tensor.ndim && tensor.strides != nullptr; ++d) {
+        extents[view.dimensions + d] = tensor.strides[d] * item;
+    }
+    if (!torch) {
+        set_stream(Library::other, legacy_stream, name);
+    } else if (library_ != Library::torch) {
+        const py::object stream = loaded_module("torch").attr("cuda").attr("current_stream")(view.device);
+        set_stream(Library::torch, stream_handle(stream.attr("cuda_stream")), name);
+    }
+    return true;
+}
+
+void GpuArrays::view_interface(py::handle array, const ArrayName& name, ArrayView& view) {
+    find_backend(array, name);
+    const py::dict interface = array.attr("__cuda_array_interface__");
+    const auto get = [&](const char* key) -> py::object {
+        return interface.contains(key) ? py::object(interface[key]) : py::none();
+    };
+    if (!get("mask").is_none()) {
+        throw py::type_error(name.text() + ": a masked array, whose mask a step would not respect");
+    }
+    const py::tuple data = interface["data"], shape = interface["shape"];
+    view.data = reinterpret_cast<char*>(data[0].cast<uintptr_t>());
+    if (data[1].cast<bool>()) view.flags = 0;
+    const std::string type = py::str(interface["typestr"]);
+    view.known_dtype = is_native_float(type.c_str(), view.dtype);
+    view.dimensions = static_cast<int>(shape.size());
+    py::ssize_t* const extents = new_extents(view.dimensions);
+    view.shape = extents;
+    view.strides = extents + view.dimensions;
+    read_tuple(shape, extents);
+    if (get("strides").is_none())
+        set_c_strides(extents + view.dimensions, view, item_size(view.dtype));
+    else
+        read_tuple(interface["strides"], extents + view.dimensions);
+    // The interface does not name the device; an empty array has no memory to ask about.
+    view.device = view.data == nullptr ? 0 : backend_->device_of(view.data);
+    const py::object stream = get("stream");
+    set_stream(Library::other, stream.is_none() ? legacy_stream : stream_handle(stream), name);
+}
+
+void GpuArrays::set_stream(Library library, void* stream, const ArrayName& name) {
+    if (library_ != Library::none && stream != stream_) {
+        throw py::value_error(name.text() +
+                              ": its library is using another CUDA stream than that of the arrays before it; make "
+                              "one stream current in both (cupy.cuda.ExternalStream, torch.cuda.ExternalStream)");
+    }
+    library_ = library;
+    stream_ = stream;
+}
+
+py::ssize_t* GpuArrays::new_extents(int dimensions) {
+    if (used_ == extents_.size()) extents_.emplace_back();
+    std::vector<py::ssize_t>& extents = extents_[used_++];
+    extents.resize(2 * static_cast<size_t>(dimensions));
+    return extents.data();
+}
+
+void Placement::begin_or_refuse(const ArrayView& view, const ArrayName& name) {
+    if (device_ == unknown) {
+        device_ = view.device;
+        first_ = name;
+        return;
+    }
+    const auto place = [](int device) {
+        return device == ArrayView::host ? std::string("in host memory") : "on GPU " + std::to_string(device);
+    };
+    throw py::value_error(name.text() + ": " + place(view.device) + ", but " + first_.text() + " is " + place(device_) +
+                          "; the arrays of a call must be in one place");
+}
+
+}  // namespace fusedstep

@@ -1,0 +1,64 @@
+// Arrays on a GPU: what a step needs to know of them, from whichever library, and the stream to run on.
+#pragma once
+
+#include <deque>
+#include <vector>
+
+#include "../cuda/backend.hpp"
+#include "array_view.hpp"
+
+namespace fusedstep {
+
+// Keeps what the views of a call's GPU arrays point to.
+class GpuArrays {
+public:
+    void clear();
+
+    // Whether the object is an array on a GPU; then `view` describes it.
+    bool view(py::handle object, const ArrayName& name, ArrayView& view);
+
+    // What runs steps on the arrays that have been viewed.
+    const GpuBackend& backend() const { return *backend_; }
+
+    // The stream that the arrays' library is using, and so what is queued before and after a step.
+    void* stream() const { return stream_; }
+
+private:
+    enum class Library { none, cupy, torch, other };
+
+    void find_backend(py::handle array, const ArrayName& name);
+    void view_cupy(py::handle array, const ArrayName& name, ArrayView& view);
+    bool view_dlpack(py::handle array, const ArrayName& name, ArrayView& view);
+    void view_interface(py::handle array, const ArrayName& name, ArrayView& view);
+    void set_stream(Library library, void* stream, const ArrayName& name);
+    py::ssize_t* new_extents(int dimensions);
+
+    std::deque<std::vector<py::ssize_t>> extents_;
+    size_t used_ = 0;
+    const GpuBackend* backend_ = nullptr;
+    Library library_ = Library::none;
+    void* stream_ = nullptr;
+};
+
+// Where a call's arrays are: all in host memory, or all on one GPU.
+class Placement {
+public:
+    void clear() { device_ = unknown; }
+
+    int device() const { return device_; }
+
+    void check(const ArrayView& view, const ArrayName& name) {
+        if (view.device != device_) begin_or_refuse(view, name);
+    }
+
+private:
+    static constexpr int unknown = -2;
+
+    // The first array of a call says where the others must be.
+    void begin_or_refuse(const ArrayView& view, const ArrayName& name);
+
+    int device_ = unknown;
+    ArrayName first_{};
+};
+
+}  // namespace fusedstep

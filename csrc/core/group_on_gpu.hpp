@@ -1,0 +1,40 @@
+// A parameter group whose step is counted on the GPU, so that a CUDA graph which holds a step can be replayed:
+// the step's number, the learning rate and the scalars made of them are read from the GPU's memory.
+#pragma once
+
+#include <cstdint>
+
+#include "../rules/hyper.hpp"
+#include "dtype.hpp"
+
+namespace fusedstep {
+
+template <class Hyper, class T>
+struct ScalarsOf;
+template <class T>
+struct ScalarsOf<GdHyper, T> {
+    using Type = GdScalars<T>;
+};
+template <class T>
+struct ScalarsOf<AdamHyper, T> {
+    using Type = AdamScalars<T>;
+};
+
+// In the GPU's memory, zero at first.
+template <class Hyper>
+struct GroupState {
+    int64_t step;
+    typename ScalarsOf<Hyper, float>::Type float32;
+    typename ScalarsOf<Hyper, double>::Type float64;
+};
+
+// What one step needs to know of a group.
+template <class Hyper>
+struct GroupOnGpu {
+    GroupState<Hyper>* state;
+    const void* lr;  // in the GPU's memory; null: hyper.lr
+    DType lr_dtype;
+    Hyper hyper;
+};
+
+}  // namespace fusedstep

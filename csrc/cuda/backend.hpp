@@ -1,0 +1,29 @@
+// What fusedstep._core calls in a GPU backend, which another extension module provides as a capsule.
+#pragma once
+
+#include "../core/group_on_gpu.hpp"
+#include "../core/job.hpp"
+
+namespace fusedstep {
+
+// Functions queue work on a stream of a device, and throw std::runtime_error.
+struct GpuBackend {
+    static constexpr const char* capsule_name = "fusedstep.GpuBackend";
+
+    // Of the build: the two modules must come from one.
+    const char* version;
+
+    void (*launch)(const Job& job, int device, void* stream);
+
+    // Counts a step of a group whose scalars are on the GPU and computes them.
+    void (*begin_gd_step)(const GroupOnGpu<GdHyper>& group, int device, void* stream);
+    void (*begin_adam_step)(const GroupOnGpu<AdamHyper>& group, int device, void* stream);
+
+    // Loads the kernels of a rule and type now: their first launch would, but may not while a stream is captured.
+    void (*load)(int rule, DType dtype, int device);
+
+    // The GPU whose memory a pointer points to.
+    int (*device_of)(const void* pointer);
+};
+
+}  // namespace fusedstep

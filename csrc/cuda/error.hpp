@@ -1,0 +1,22 @@
+// CUDA errors as exceptions that say what to do.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+namespace fusedstep::cuda {
+
+// A toolkit or driver version as NVIDIA writes it: 13000 is "13.0".
+std::string version_text(int version);
+
+// "12.4", or "none" where there is no driver.
+std::string driver_version();
+
+// What went wrong and what to do about it.
+std::string error_text(cudaError_t error);
+
+// Throws std::runtime_error unless `error` is success.
+void check(cudaError_t error);
+
+}  // namespace fusedstep::cuda

@@ -1,0 +1,24 @@
+// Runs steps on a GPU. Every function leaves the calling thread's current device as it was, and throws
+// std::runtime_error.
+#pragma once
+
+#include "../core/group_on_gpu.hpp"
+#include "../core/job.hpp"
+
+namespace fusedstep::cuda {
+
+// Queues the job on a stream (a cudaStream_t) of a device, in as few launches as kernel parameters allow, and
+// returns: nothing is allocated, nothing waited for.
+void launch(const Job& job, int device, void* stream);
+
+// Queues the beginning of a group's step, which the job that has its scalars must follow.
+void begin_gd_step(const GroupOnGpu<GdHyper>& group, int device, void* stream);
+void begin_adam_step(const GroupOnGpu<AdamHyper>& group, int device, void* stream);
+
+// Loads all kernels of a rule and type onto a device.
+void load(int rule, DType dtype, int device);
+
+// The device whose memory a pointer points to.
+int device_of(const void* pointer);
+
+}  // namespace fusedstep::cuda

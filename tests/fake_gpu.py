@@ -1,0 +1,84 @@
+"""GPU libraries that are not there: arrays which say that they are on a GPU, in host memory."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+
+class CupyArray:
+    """What fusedstep reads of a ``cupy.ndarray``."""
+
+    __module__ = "cupy"
+    __qualname__ = "ndarray"
+
+    def __init__(self, array: NDArray[Any], device: int = 0) -> None:
+        self.host = array
+        self.dtype, self.shape, self.strides = array.dtype, array.shape, array.strides
+        self.device = nullcontext()
+        self.data = SimpleNamespace(ptr=array.ctypes.data, device_id=device)
+
+
+@dataclass
+class Cupy:
+    """The fake module as a test sees it."""
+
+    stream: int = 0
+    asked: list[int] = field(default_factory=list)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def get_current_stream(device: int) -> SimpleNamespace:
+            self.asked.append(device)
+            return SimpleNamespace(ptr=self.stream)
+
+        module = ModuleType("cupy")
+        module.ndarray = CupyArray
+        module.zeros_like = lambda like: CupyArray(np.zeros_like(like.host), like.data.device_id)
+        module.cuda = SimpleNamespace(get_current_stream=get_current_stream)
+        monkeypatch.setitem(sys.modules, "cupy", module)
+
+
+class DlpackArray:
+    """An array of a library that exports CUDA memory through DLPack."""
+
+    def __init__(
+        self, array: NDArray[Any], *, versioned: bool = True, device_type: int = 2
+    ) -> None:
+        self.host, self.dtype, self.shape = array, array.dtype, array.shape
+        self.versioned, self.device_type = versioned, device_type
+        self.streams: list[int] = []
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device_type, 0
+
+    def __dlpack__(self, stream: int, **options: Any) -> Any:
+        if options and not self.versioned:
+            raise TypeError("no such argument")
+        self.streams.append(stream)
+        return self.host.__dlpack__(**options)
+
+
+class InterfaceArray:
+    """An array of a library that has only ``__cuda_array_interface__``."""
+
+    def __init__(self, array: NDArray[Any], **changes: Any) -> None:
+        self.host, self.dtype, self.shape = array, array.dtype, array.shape
+        self.__cuda_array_interface__ = {
+            "shape": array.shape,
+            "strides": None if array.flags.c_contiguous else array.strides,
+            "typestr": array.dtype.str,
+            "data": (array.ctypes.data, not array.flags.writeable),
+            "version": 3,
+            **changes,
+        }
+
+
+def float32(*shape: int) -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)

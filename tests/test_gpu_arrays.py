@@ -1,0 +1,272 @@
+"""GPU arrays up to the launch: how they are read, what is refused, where a step runs."""
+
+import ctypes
+import re
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from fake_gpu import Cupy, CupyArray, DlpackArray, InterfaceArray, float32
+
+import fusedstep as fs
+
+pytest_plugins = ["cuda_on_host"]
+
+
+@pytest.fixture
+def cupy(gpu, monkeypatch):
+    fake = Cupy()
+    fake.install(monkeypatch)
+    return fake
+
+
+def stepped(host):
+    """Return what gd_step makes of `host` with a gradient of ones, on the CPU."""
+    params = host.copy()
+    fs.gd_step(params, np.ones_like(params), lr=0.1)
+    return params
+
+
+@pytest.mark.parametrize(
+    "make",
+    [CupyArray, DlpackArray, lambda a: DlpackArray(a, versioned=False), InterfaceArray],
+    ids=["cupy", "dlpack", "old dlpack", "interface"],
+)
+@pytest.mark.parametrize(
+    "view", [lambda a: a, lambda a: a.T, lambda a: a[1:, ::2], lambda a: a[0, 0]], ids=repr
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_arrays_of_every_library_are_stepped_in_place(dtype, view, make, gpu):
+    params = float32(5, 7).astype(dtype)
+    expected = params.copy()
+    part = view(expected)[...] if view(expected).ndim else expected[0, 0, None]
+    part[...] = stepped(part)
+    target = view(params) if view(params).ndim else params[0, 0, None].reshape(())
+    grads = np.ones_like(target)
+    fs.gd_step(make(target), make(grads), lr=0.1)
+    assert params.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(("stream", "used"), [(0, 1), (1, 1), (0x7F00, 0x7F00)])
+def test_a_step_runs_on_cupys_current_stream(stream, used, cupy, gpu):
+    cupy.stream = stream
+    fs.gd_step([CupyArray(float32(3), 2)], [CupyArray(float32(3), 2)])
+    assert cupy.asked == [2]
+    assert (gpu.last_device(), gpu.last_stream()) == (2, used)
+
+
+def test_a_step_runs_on_torchs_current_stream(gpu, monkeypatch):
+    module = ModuleType("torch")
+    module.Tensor = DlpackArray
+    module.cuda = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=0x51))
+    monkeypatch.setitem(sys.modules, "torch", module)
+    params, grads = DlpackArray(float32(3)), DlpackArray(float32(3))
+    fs.gd_step(params, grads)
+    assert gpu.last_stream() == 0x51
+    assert params.streams == grads.streams == [-1]
+
+
+def test_other_dlpack_arrays_are_made_ready_for_the_default_stream(gpu):
+    params, grads = DlpackArray(float32(3)), DlpackArray(float32(3))
+    fs.gd_step(params, grads)
+    assert gpu.last_stream() == 1
+    assert params.streams == grads.streams == [1]
+
+
+def test_the_interfaces_own_stream_is_used(gpu):
+    fs.gd_step(InterfaceArray(float32(3), stream=0x77), InterfaceArray(float32(3), stream=0x77))
+    assert gpu.last_stream() == 0x77
+
+
+def refused(error, message, params, grads):
+    before = [bytes(a.host) if hasattr(a, "host") else a.tobytes() for a in (*params, *grads)]
+    with pytest.raises(error, match=re.escape(message)):
+        fs.gd_step(params, grads)
+    after = [bytes(a.host) if hasattr(a, "host") else a.tobytes() for a in (*params, *grads)]
+    assert before == after
+
+
+def test_arrays_in_different_places_are_refused_by_name(cupy):
+    host, gpu0, gpu1 = float32(3), CupyArray(float32(3), 0), CupyArray(float32(3), 1)
+    one = "the arrays of a call must be in one place"
+    refused(
+        ValueError, f"grads[0]: in host memory, but params[0] is on GPU 0; {one}", [gpu0], [host]
+    )
+    refused(
+        ValueError, f"grads[0]: on GPU 0, but params[0] is in host memory; {one}", [host], [gpu0]
+    )
+    refused(ValueError, f"grads[0]: on GPU 1, but params[0] is on GPU 0; {one}", [gpu0], [gpu1])
+    more = CupyArray(float32(4), 1)
+    refused(
+        ValueError,
+        f"params[1]: on GPU 1, but params[0] is on GPU 0; {one}",
+        [gpu0, gpu1],
+        [CupyArray(float32(3), 0), more],
+    )
+
+
+def test_two_libraries_on_different_streams_are_refused(cupy):
+    cupy.stream = 5
+    refused(
+        ValueError,
+        "grads[0]: its library is using another CUDA stream",
+        [CupyArray(float32(3))],
+        [DlpackArray(float32(3))],
+    )
+
+
+def test_a_call_after_a_refused_one_is_a_new_call(cupy, gpu):
+    refused(ValueError, "one place", [CupyArray(float32(3), 1)], [float32(3)])
+    params = float32(3)
+    fs.gd_step(params, float32(3))
+    cupy.stream = 9
+    fs.gd_step(CupyArray(float32(3), 1), CupyArray(float32(3), 1))
+    assert (gpu.last_device(), gpu.last_stream()) == (1, 9)
+
+
+@pytest.mark.parametrize("make", [CupyArray, DlpackArray, InterfaceArray])
+def test_dtype_and_shape_are_checked(make, gpu):
+    p = float32(3)
+    refused(
+        TypeError, "grads[0]: float64, but its parameter is float32", [make(p)], [make(np.ones(3))]
+    )
+    refused(ValueError, "grads[0]: shape (4,), but", [make(p)], [make(float32(4))])
+    half = p.astype(np.float16)
+    refused(
+        TypeError, "params[0]: float16 parameters are not supported", [make(half)], [make(half)]
+    )
+
+
+@pytest.mark.parametrize("make", [CupyArray, DlpackArray, InterfaceArray])
+def test_shared_memory_is_found(make, gpu):
+    whole = float32(20)
+    grads = [make(float32(10)), make(float32(10))]
+    overlap = "params[0] and params[1] overlap in memory"
+    refused(ValueError, overlap, [make(whole[:10]), make(whole[5:15])], grads)
+    refused(
+        ValueError,
+        overlap,
+        [make(whole[::2]), make(whole[8::-1][:10:1])],
+        [grads[0], make(float32(9))],
+    )
+    fs.gd_step([make(whole[::2]), make(whole[1::2])], grads)  # interleaved, but apart
+
+
+def test_read_only_arrays_are_refused(gpu):
+    p = float32(3)
+    p.flags.writeable = False
+    for make in (DlpackArray, InterfaceArray):
+        refused(ValueError, "params[0]: the array is read-only", [make(p)], [make(float32(3))])
+
+
+def test_a_masked_interface_is_refused(gpu):
+    masked = InterfaceArray(float32(3), mask=float32(3))
+    refused(TypeError, "params[0]: a masked array", [masked], [masked])
+
+
+def test_dlpack_in_host_memory_is_no_gpu_array(gpu):
+    array = DlpackArray(float32(3), device_type=1)
+    refused(TypeError, "numpy.from_dlpack(x) shares its memory", [array], [array])
+
+
+def test_a_failing_dlpack_names_the_array(gpu):
+    class Failing(DlpackArray):
+        def __dlpack__(self, **options):
+            raise BufferError("requires grad")
+
+    refused(
+        TypeError,
+        "params[0]: __dlpack__ failed: requires grad",
+        [Failing(float32(3))],
+        [float32(3)],
+    )
+
+
+def test_a_build_without_cuda_says_so(cupy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fusedstep._cuda", None)
+    array = CupyArray(float32(3))
+    refused(
+        TypeError, "params[0]: cupy.ndarray is a GPU array, but this build of", [array], [array]
+    )
+
+
+def test_a_backend_of_another_build_is_refused(cupy, monkeypatch):
+    version = ctypes.c_char_p(b"0.0.0")
+    table = (ctypes.c_void_p * 3)(ctypes.cast(version, ctypes.c_void_p).value, None, None)
+    new = ctypes.pythonapi.PyCapsule_New
+    capsule = new(ctypes.addressof(table), b"fusedstep.GpuBackend", None)
+    monkeypatch.setitem(sys.modules, "fusedstep._cuda", SimpleNamespace(backend=capsule))
+    array = CupyArray(float32(3))
+    refused(TypeError, "fusedstep._cuda is of version 0.0.0", [array], [array])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(fs.GD, {}), (fs.GD, {"momentum": 0.9}), (fs.Adam, {"amsgrad": True}), (fs.AdamW, {})],
+)
+def test_an_optimizer_steps_gpu_arrays_as_it_steps_numpy_arrays(kind, options, cupy, gpu):
+    shapes = [(3, 5), (7,), (0,), (4, 4)]
+    results = []
+    for wrap in (np.asarray, CupyArray):
+        memory = [float32(*shape) for shape in shapes]
+        params = [wrap(memory[0]), wrap(memory[1]), wrap(memory[2]), wrap(memory[3][::2, 1:])]
+        optimizer = kind(params, **options)
+        for step in range(3):
+            grads = [wrap(np.full(p.shape, 0.1 + step, np.float32)) for p in params]
+            optimizer.step([grads[0], None if step == 1 else grads[1], *grads[2:]])
+        state = [a for s in optimizer.state.values() for a in s.values() if not isinstance(a, int)]
+        results.append([*memory, *(getattr(a, "host", a) for a in state)])
+    assert [a.tobytes() for a in results[0]] == [a.tobytes() for a in results[1]]
+
+
+def test_an_optimizer_joins_the_stream_that_is_current_at_each_step(cupy, gpu):
+    optimizer = fs.Adam(CupyArray(float32(3), 2))
+    for stream in (3, 4):
+        cupy.stream = stream
+        optimizer.step(CupyArray(float32(3), 2))
+        assert (gpu.last_device(), gpu.last_stream()) == (2, stream)
+
+
+def test_an_optimizer_is_in_one_place(cupy):
+    one = re.escape("the arrays of a call must be in one place")
+    with pytest.raises(
+        ValueError, match=rf"params\[1\]: on GPU 1, but params\[0\] is on GPU 0; {one}"
+    ):
+        fs.GD([CupyArray(float32(3)), CupyArray(float32(3), 1)])
+    params = CupyArray(float32(3)), float32(3)
+    grads = float32(3), CupyArray(float32(3))
+    for param, grad in zip(params, grads, strict=True):
+        optimizer = fs.Adam(param)
+        before = bytes(getattr(param, "host", param))
+        with pytest.raises(ValueError, match=one):
+            optimizer.step(grad)
+        assert optimizer.state[0]["step"] == 0
+        assert bytes(getattr(param, "host", param)) == before
+
+
+def test_an_optimizer_finds_overlaps_on_the_gpu(cupy):
+    whole = float32(12)
+    with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] overlap in memory"):
+        fs.GD([CupyArray(whole[:6]), CupyArray(whole[5:])])
+    optimizer = fs.GD(CupyArray(whole[::2]))
+    with pytest.raises(ValueError, match=r"params and grads overlap in memory"):
+        optimizer.step(CupyArray(whole[:6]))
+    optimizer.step(CupyArray(whole[1::2]))
+
+
+def test_an_optimizer_says_for_which_libraries_it_allocates_state(gpu):
+    with pytest.raises(TypeError, match=r"cannot allocate state like a InterfaceArray of fake_gpu"):
+        fs.Adam(InterfaceArray(float32(3)))
+
+
+def test_without_a_driver_a_step_says_so(monkeypatch):
+    cuda = pytest.importorskip("fusedstep._cuda", reason="this build has no CUDA backend")
+    if cuda.info()["driver"] != "none":
+        pytest.skip("there is a CUDA driver")
+    Cupy().install(monkeypatch)
+    params = CupyArray(float32(3))
+    before = params.host.copy()
+    with pytest.raises(RuntimeError, match="no NVIDIA driver is loaded"):
+        fs.gd_step(params, CupyArray(float32(3)))
+    assert params.host.tobytes() == before.tobytes()
