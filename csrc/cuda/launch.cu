@@ -106,8 +106,9 @@ struct Kernel {
 
 template <class Rule, class T, class Placing>
 void launch_placed(const Job& job, int device, cudaStream_t stream) {
-    for_each_table<Rule, T, Placing>(
-        job, [&](const auto& table) { Kernel<Rule, T, Placing, std::decay_t<decltype(table)>>::launch(table, device, stream); });
+    for_each_table<Rule, T, Placing>(job, [&](const auto& table) {
+        Kernel<Rule, T, Placing, std::decay_t<decltype(table)>>::launch(table, device, stream);
+    });
 }
 
 template <class Rule, class T>
