@@ -25,6 +25,18 @@ class CupyArray:
         self.device = nullcontext()
         self.data = SimpleNamespace(ptr=array.ctypes.data, device_id=device)
 
+    def __array__(self, *args: Any, **options: Any) -> None:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed.")
+
+    def __getitem__(self, key: Any) -> CupyArray:
+        return CupyArray(self.host[key], self.data.device_id)
+
+    def __setitem__(self, key: Any, values: CupyArray) -> None:
+        self.host[key] = values.host
+
+    def get(self) -> NDArray[Any]:
+        return self.host.copy()
+
 
 @dataclass
 class Cupy:
@@ -41,6 +53,8 @@ class Cupy:
         module = ModuleType("cupy")
         module.ndarray = CupyArray
         module.zeros_like = lambda like: CupyArray(np.zeros_like(like.host), like.data.device_id)
+        module.zeros = lambda *args: CupyArray(np.zeros(*args))
+        module.asarray = CupyArray
         module.cuda = SimpleNamespace(get_current_stream=get_current_stream)
         monkeypatch.setitem(sys.modules, "cupy", module)
 

@@ -92,6 +92,67 @@ py::capsule dlpack_capsule(py::handle array, int stream) {
 
 }  // namespace
 
+bool is_cupy_array(py::handle object) { return is_instance_of(object, "cupy", "ndarray"); }
+
+Getter::Getter(py::handle type, const char* name) {
+    const py::object descriptor = py::getattr(type, name, py::none());
+    if (Py_TYPE(descriptor.ptr()) != &PyGetSetDescr_Type) return;
+    const auto* found = reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr());
+    if (PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(type.ptr()), PyDescr_TYPE(found)) == 0) return;
+    get_ = found->d_getset->get;
+    closure_ = found->d_getset->closure;
+}
+
+CupyReader::CupyReader(py::handle array)
+    : array_type_(py::type::of(array)),
+      memory_type_(py::type::of(array.attr("data"))),
+      data_(array_type_, "data"),
+      dtype_(array_type_, "dtype"),
+      shape_(array_type_, "shape"),
+      dimensions_(array_type_, "ndim"),
+      size_(array_type_, "size"),
+      c_contiguous_(array_type_, "_c_contiguous"),
+      pointer_(memory_type_, "ptr"),
+      device_(memory_type_, "device_id"),
+      all_known_(data_ && dtype_ && shape_ && dimensions_ && size_ && c_contiguous_ && pointer_ && device_) {}
+
+char* CupyReader::contiguous_memory(py::handle array, py::handle dtype, const std::vector<py::ssize_t>& shape,
+                                    int device) const {
+    char* found = nullptr;
+    if (all_known_ && py::type::handle_of(array).is(array_type_) && c_contiguous_(array).ptr() == Py_True &&
+        dtype_(array).is(dtype) && has_shape(array, shape)) {
+        const py::object memory = data_(array);
+        if (memory && py::type::handle_of(memory).is(memory_type_) && number(device_, memory) == device) {
+            const py::object pointer = pointer_(memory);
+            if (pointer) found = static_cast<char*>(PyLong_AsVoidPtr(pointer.ptr()));
+        }
+    }
+    if (PyErr_Occurred() == nullptr) return found;
+    PyErr_Clear();  // it is read the general way, which says what is wrong
+    return nullptr;
+}
+
+// A tuple takes CuPy longer to make than all the rest.
+bool CupyReader::has_shape(py::handle array, const std::vector<py::ssize_t>& shape) const {
+    const py::ssize_t dimensions = static_cast<py::ssize_t>(shape.size());
+    if (number(dimensions_, array) != dimensions) return false;
+    if (dimensions == 0) return true;
+    if (PyObject_Size(array.ptr()) != shape[0]) return false;
+    if (dimensions == 1) return true;
+    if (dimensions == 2) return number(size_, array) == shape[0] * shape[1];
+    const py::object own = shape_(array);
+    if (!own || PyTuple_GET_SIZE(own.ptr()) != dimensions) return false;
+    for (py::ssize_t d = 0; d < dimensions; ++d) {
+        if (PyLong_AsSsize_t(PyTuple_GET_ITEM(own.ptr(), d)) != shape[d]) return false;
+    }
+    return true;
+}
+
+py::ssize_t CupyReader::number(const Getter& get, py::handle object) {
+    const py::object value = get(object);
+    return value ? PyLong_AsSsize_t(value.ptr()) : -1;
+}
+
 void GpuArrays::clear() {
     used_ = 0;
     backend_ = nullptr;
@@ -102,7 +163,7 @@ void GpuArrays::clear() {
 bool GpuArrays::view(py::handle object, const ArrayName& name, ArrayView& view) {
     view.object = object;
     view.flags = NumPy::NPY_ARRAY_WRITEABLE_;
-    if (is_instance_of(object, "cupy", "ndarray")) {
+    if (is_cupy_array(object)) {
         view_cupy(object, name, view);
     } else if (is_instance_of(object, "jax", "Array")) {
         return false;

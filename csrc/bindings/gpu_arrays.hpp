@@ -9,6 +9,42 @@
 
 namespace fusedstep {
 
+bool is_cupy_array(py::handle object);
+
+// An attribute of a compiled type, read by calling its getter: to look it up each time costs more than to read it.
+class Getter {
+public:
+    Getter(py::handle type, const char* name);
+
+    explicit operator bool() const { return get_ != nullptr; }
+    py::object operator()(py::handle object) const {
+        return py::reinterpret_steal<py::object>(get_(object.ptr(), closure_));
+    }
+
+private:
+    getter get_ = nullptr;
+    void* closure_ = nullptr;
+};
+
+// Reads CuPy arrays of one type quickly, for a gradient that is what it is expected to be.
+class CupyReader {
+public:
+    explicit CupyReader(py::handle array);
+
+    // Where a C-contiguous array of this dtype and shape on this device lies; null for any other, for an empty
+    // one, and for a CuPy that is not as we know it.
+    char* contiguous_memory(py::handle array, py::handle dtype, const std::vector<py::ssize_t>& shape,
+                            int device) const;
+
+private:
+    bool has_shape(py::handle array, const std::vector<py::ssize_t>& shape) const;
+    static py::ssize_t number(const Getter& get, py::handle object);
+
+    py::type array_type_, memory_type_;
+    Getter data_, dtype_, shape_, dimensions_, size_, c_contiguous_, pointer_, device_;
+    bool all_known_;
+};
+
 // Keeps what the views of a call's GPU arrays point to.
 class GpuArrays {
 public:

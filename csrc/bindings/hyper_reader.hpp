@@ -20,6 +20,7 @@ struct HyperSource {
     std::string prefix;
     int64_t step = 0;
     bool call_schedules = true;
+    bool lr_on_gpu = false;  // it is not read here, and stands for a number that is in range
 };
 
 double read_number(py::handle value, const char* name, const HyperSource& source);

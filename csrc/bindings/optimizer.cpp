@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -44,6 +45,7 @@ public:
     GroupReader(py::handle group, const HyperSource& source) : group_(group), source_(source) {}
 
     double number(py::handle key, const char* name) const { return read_number(item(key, name), name, source_); }
+    double lr() const { return source_.lr_on_gpu ? 0.5 : number(keys().lr, "lr"); }
     bool flag(py::handle key, const char* name) const { return read_flag(item(key, name), name, source_); }
     void betas(AdamHyper& hyper) const { read_betas(item(keys().betas, "betas"), hyper.beta1, hyper.beta2, source_); }
 
@@ -78,7 +80,7 @@ struct Family<AdamHyper> {
 GdHyper Family<GdHyper>::read(py::handle group, int rule, const HyperSource& source) {
     const GroupReader reader(group, source);
     GdHyper hyper;
-    hyper.lr = reader.number(keys().lr, "lr");
+    hyper.lr = reader.lr();
     hyper.momentum = reader.number(keys().momentum, "momentum");
     hyper.dampening = reader.number(keys().dampening, "dampening");
     hyper.weight_decay = reader.number(keys().weight_decay, "weight_decay");
@@ -95,7 +97,7 @@ GdHyper Family<GdHyper>::read(py::handle group, int rule, const HyperSource& sou
 AdamHyper Family<AdamHyper>::read(py::handle group, int rule, const HyperSource& source) {
     const GroupReader reader(group, source);
     AdamHyper hyper;
-    hyper.lr = reader.number(keys().lr, "lr");
+    hyper.lr = reader.lr();
     reader.betas(hyper);
     hyper.eps = reader.number(keys().eps, "eps");
     hyper.weight_decay = reader.number(keys().weight_decay, "weight_decay");
@@ -109,6 +111,7 @@ AdamHyper Family<AdamHyper>::read(py::handle group, int rule, const HyperSource&
 
 struct Parameter {
     py::object object;
+    py::object cupy_dtype;  // of a CuPy array; else null
     std::vector<py::object> state;
     py::object key;      // of the gradient, in a group given as a dict
     std::string suffix;  // "[3]", "['w2']": how errors name it
@@ -145,6 +148,8 @@ struct Group {
     int64_t first, count;
     std::vector<PyObject*> arrays;  // of its parameters
     int64_t latest;                 // the largest step count among its parameters
+    py::object state;               // a GroupState on the GPU, or None: steps are counted here
+    void* state_memory;
 };
 
 // An item of a list or tuple, owned: another thread may change the list.
@@ -181,15 +186,18 @@ void prefetch_shapes(PyObject* array, PyObject* gradient) {
 template <class Hyper>
 class Optimizer {
 public:
+    static constexpr size_t group_state_bytes = sizeof(GroupState<Hyper>);
+
     explicit Optimizer(bool decoupled) : decoupled_(decoupled) {}
 
-    // Adds a group of parameters; state[k][i] is state array k of parameter i. Nothing is added if any of it
-    // is refused.
+    // Adds a group of parameters; state[k][i] is state array k of parameter i, and `group_state` is None or a
+    // GPU array of `group_state_bytes` zeros. Nothing is added if any of it is refused.
     void add_group(const std::string& structure, const py::list& params, const py::list& keys, const py::list& state,
-                   const py::list& suffixes) {
+                   const py::list& suffixes, const py::object& group_state) {
         const std::lock_guard<Optimizer> lock(*this);
         const size_t before = parameters_.size();
         std::vector<PyObject*> arrays;
+        void* group_memory = nullptr;
         call_.clear();
         try {
             for (size_t i = 0; i < params.size(); ++i) {
@@ -198,6 +206,7 @@ public:
             }
             find_owned();
             check_overlaps(owned_);
+            group_memory = on_gpu(group_state, before);
         } catch (...) {
             parameters_.erase(parameters_.begin() + before, parameters_.end());
             watches_.resize(before);
@@ -210,13 +219,15 @@ public:
         groups_.push_back({structure == "array"  ? Structure::array
                            : structure == "list" ? Structure::list
                                                  : Structure::dict,
-                           static_cast<int64_t>(before), static_cast<int64_t>(params.size()), std::move(arrays), 0});
+                           static_cast<int64_t>(before), static_cast<int64_t>(params.size()), std::move(arrays), 0,
+                           group_state, group_memory});
         find_latest();
     }
 
     // Checks a group's hyper-parameters as far as that goes without calling its schedules.
-    void check_group(py::handle group, int64_t number, size_t state_arrays) const {
-        HyperSource source{"param_groups[" + std::to_string(number) + "]: ", 1, false};
+    void check_group(py::handle group, int64_t number, size_t state_arrays, bool capturable) const {
+        HyperSource source{"param_groups[" + std::to_string(number) + "]: ", capturable ? 0 : 1, false};
+        source.lr_on_gpu = capturable && is_lr_on_gpu(group);
         Hyper hyper = Family<Hyper>::read(group, Family<Hyper>::rule(state_arrays), source);
         hyper.grad_scale = 1;
         check_hyper(hyper, source);
@@ -239,6 +250,10 @@ public:
         }
         hold_dicts(param_groups, prepared);
         for (size_t g = 0; g < prepared.dicts.size(); ++g) {
+            if (groups_[g].state_memory != nullptr) {
+                prepared.sources[g].step = 0;
+                prepared.sources[g].lr_on_gpu = is_lr_on_gpu(prepared.dicts[g]);
+            }
             prepared.hypers.push_back(read_group(prepared.dicts[g], groups_[g], scale, prepared.sources[g]));
         }
         gather(grads, nested, prepared);
@@ -310,6 +325,10 @@ private:
         // What a view points to does not outlive a call.
         parameter.view.shape = parameter.shape.data();
         parameter.view.strides = parameter.strides.data();
+        if (is_cupy_array(parameter.object)) {
+            parameter.cupy_dtype = parameter.object.attr("dtype");
+            if (!cupy_reader_) cupy_reader_ = std::make_unique<CupyReader>(parameter.object);
+        }
         watches_.push_back(watch_of(parameter, tensor));
         shapes_.insert(shapes_.end(), parameter.shape.begin(), parameter.shape.end());
         tensors_.push_back(tensor);
@@ -390,8 +409,9 @@ private:
         call_.clear();
         for (size_t g = 0; g < prepared.hypers.size(); ++g) {
             call_.next_hyper();
-            const int64_t end = groups_[g].first + groups_[g].count;
-            for (int64_t i = groups_[g].first; i < end; ++i) {
+            const Group& group = groups_[g];
+            const int64_t end = group.first + group.count;
+            for (int64_t i = group.first; i < end; ++i) {
                 if (i + 16 < end) {
                     prefetch_object(watches_[i + 16].array);
                     prefetch_object(prepared.gradients[i + 16].ptr());
@@ -399,8 +419,12 @@ private:
                 if (i + 8 < end && watches_[i + 8].usual) {
                     prefetch_shapes(watches_[i + 8].array, prepared.gradients[i + 8].ptr());
                 }
-                if (!prepared.gradients[i].is_none()) add_gradient(i, prepared.gradients[i], prepared.hypers[g]);
+                if (!prepared.gradients[i].is_none())
+                    add_gradient(i, prepared.gradients[i], prepared.hypers[g], group);
+                else if (group.state_memory != nullptr)
+                    throw_no_gradient(parameters_[i]);
             }
+            if (group.state_memory != nullptr) add_group_on_gpu(group, prepared, g);
         }
         call_.run();
         for (size_t g = 0; g < prepared.hypers.size(); ++g) {
@@ -409,6 +433,51 @@ private:
                 if (!prepared.gradients[i].is_none()) group.latest = std::max(group.latest, ++steps_[i]);
             }
         }
+    }
+
+    static GroupState<Hyper>* state_of(const Group& group) {
+        return static_cast<GroupState<Hyper>*>(group.state_memory);
+    }
+
+    // The memory of a group's state; loads the kernels that its steps need, so that they can be captured.
+    void* on_gpu(const py::object& group_state, size_t first) {
+        if (group_state.is_none()) return nullptr;
+        const ArrayView view = view_array(group_state, {"the group's state"}, call_.gpu_arrays);
+        for (size_t i = first; i < parameters_.size(); ++i) {
+            const Parameter& parameter = parameters_[i];
+            call_.gpu_arrays.backend().load(parameter.rule, parameter.view.dtype, view.device);
+        }
+        return view.data;
+    }
+
+    static bool is_lr_on_gpu(py::handle dict) {
+        PyObject* const lr = PyDict_GetItemWithError(dict.ptr(), keys().lr.ptr());
+        return lr != nullptr && !PyFloat_CheckExact(lr) && !PyLong_CheckExact(lr) &&
+               (is_cupy_array(lr) || py::hasattr(lr, "__cuda_array_interface__"));
+    }
+
+    void add_group_on_gpu(const Group& group, const Preparation& prepared, size_t g) {
+        GroupOnGpu<Hyper> on_gpu{state_of(group), nullptr, DType::float64, prepared.hypers[g]};
+        if (prepared.sources[g].lr_on_gpu) {
+            const std::string& prefix = prepared.sources[g].prefix;
+            const py::object lr = prepared.dicts[g][keys().lr];
+            const ArrayView view = view_array(lr, {"lr"}, call_.gpu_arrays);
+            call_.placement.check(view, {"lr"});
+            if (!view.known_dtype)
+                throw py::type_error(prefix + "lr: " + view.dtype_text() + "; a GPU array is to be float32 or float64");
+            if (view.size() != 1)
+                throw py::value_error(prefix + "lr: shape " + view.shape_text() +
+                                      "; a GPU array is to have one element");
+            on_gpu.lr = view.data;
+            on_gpu.lr_dtype = view.dtype;
+        }
+        call_.template groups<Hyper>().push_back(on_gpu);
+    }
+
+    [[noreturn]] static void throw_no_gradient(const Parameter& parameter) {
+        throw py::value_error(ArrayName{"grads", -1, &parameter.suffix}.text() +
+                              ": None, but capturable=True counts the steps of a whole group on the GPU, so each of "
+                              "its parameters needs a gradient");
     }
 
     static void hold_dicts(py::handle param_groups, Preparation& prepared) {
@@ -517,16 +586,26 @@ private:
         }
     }
 
-    void add_gradient(int64_t i, py::handle gradient, const Hyper& hyper) {
+    void add_gradient(int64_t i, py::handle gradient, const Hyper& hyper, const Group& group) {
         const Watch& watch = watches_[i];
-        const void* const scalars = call_.scalars_of(hyper, steps_[i] + 1, watch.dtype);
+        const void* const scalars = group.state_memory == nullptr ? call_.scalars_of(hyper, steps_[i] + 1, watch.dtype)
+                                                                  : scalars_on_gpu(group, watch.dtype);
         if (is_as_before(watch, gradient)) {
             Tensor& tensor = call_.add(watch.rule, watch.dtype, tensors_[i]);
             tensor.streams[1] = py::detail::array_proxy(gradient.ptr())->data;
             tensor.scalars = scalars;
+        } else if (void* const data = cupy_gradient_as_before(i, gradient); data != nullptr) {
+            Tensor& tensor = call_.add(watch.rule, watch.dtype, tensors_[i]);
+            tensor.streams[1] = data;
+            tensor.scalars = scalars;
         } else {
             call_.add(watch.rule, watch.dtype, checked_tensor(i, gradient)).scalars = scalars;
         }
+    }
+
+    static const void* scalars_on_gpu(const Group& group, DType dtype) {
+        if (dtype == DType::float32) return &state_of(group)->float32;
+        return &state_of(group)->float64;
     }
 
     // The usual case, quickly: the parameter is as it was when it was checked, the gradient is a C-contiguous
@@ -546,6 +625,19 @@ private:
             if (g->dimensions[d] != shape[d] || p->dimensions[d] != shape[d]) return false;
         }
         return g->data >= watch.gap_begin && g->data + watch.bytes <= watch.gap_end;
+    }
+
+    // The same for CuPy arrays, or null. They keep their memory and type for life, and setting a shape keeps the
+    // order of the elements, so the parameter needs no second look. The first array of a call does not come here:
+    // it says which stream is current.
+    void* cupy_gradient_as_before(int64_t i, py::handle gradient) const {
+        const Parameter& parameter = parameters_[i];
+        if (!parameter.cupy_dtype || !parameter.c_contiguous || call_.placement.device() != parameter.view.device)
+            return nullptr;
+        char* const data =
+            cupy_reader_->contiguous_memory(gradient, parameter.cupy_dtype, parameter.shape, parameter.view.device);
+        const bool free = data >= watches_[i].gap_begin && data + watches_[i].bytes <= watches_[i].gap_end;
+        return data != nullptr && free ? data : nullptr;
     }
 
     Tensor checked_tensor(int64_t i, py::handle object) {
@@ -632,6 +724,7 @@ private:
     std::vector<py::ssize_t> shapes_;
     std::vector<Extent> owned_;  // all that a step may write, by address
     bool owned_dense_ = true;
+    std::unique_ptr<const CupyReader> cupy_reader_;
 
     // Of the step in progress; kept for their memory.
     StepCall call_;
@@ -650,6 +743,7 @@ void bind_family(py::module_& module, const char* name) {
     native.def(py::init<bool>(), py::arg("decoupled") = false)
         .def("add_group", &Native::add_group)
         .def("check_group", &Native::check_group)
+        .def_readonly_static("group_state_bytes", &Native::group_state_bytes)
         .def_property("steps", &Native::steps, &Native::set_steps);
     def_fast_method<&step<Hyper>>(native, "step");
 }

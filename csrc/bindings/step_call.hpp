@@ -3,6 +3,7 @@
 #pragma once
 
 #include <deque>
+#include <tuple>
 #include <vector>
 
 #include "../core/job.hpp"
@@ -29,6 +30,8 @@ public:
         placement.clear();
         layouts.clear();
         extents.clear();
+        groups<GdHyper>().clear();
+        groups<AdamHyper>().clear();
         scalars_used_ = 0;
         known_[0] = known_[1] = {};
         for (auto& row : work_) {
@@ -37,6 +40,12 @@ public:
                 work.ends.clear();
             }
         }
+    }
+
+    // The groups whose steps are counted on the GPU: all of the call's, or none.
+    template <class Hyper>
+    std::vector<GroupOnGpu<Hyper>>& groups() {
+        return std::get<std::vector<GroupOnGpu<Hyper>>>(groups_);
     }
 
     // New hyper-parameters: scalars are not shared with those before.
@@ -109,7 +118,7 @@ private:
                 const Work& work = work_[rule][dtype];
                 if (work.tensors.empty()) continue;
                 visit(Job{rule, static_cast<DType>(dtype), work.tensors.data(), work.ends.data(),
-                          static_cast<int64_t>(work.tensors.size())});
+                          static_cast<int64_t>(work.tensors.size()), false});
             }
         }
     }
@@ -117,8 +126,17 @@ private:
     [[gnu::noinline]] void run_on_gpu() const {
         // A launch can wait for room in the GPU's queue.
         const py::gil_scoped_release release;
-        for_each_job(
-            [&](const Job& job) { gpu_arrays.backend().launch(job, placement.device(), gpu_arrays.stream()); });
+        const GpuBackend& gpu = gpu_arrays.backend();
+        const int device = placement.device();
+        void* const stream = gpu_arrays.stream();
+        const auto& [gd_groups, adam_groups] = groups_;
+        for (const auto& group : gd_groups) gpu.begin_gd_step(group, device, stream);
+        for (const auto& group : adam_groups) gpu.begin_adam_step(group, device, stream);
+        const bool scalars_on_gpu = !gd_groups.empty() || !adam_groups.empty();
+        for_each_job([&](Job job) {
+            job.scalars_on_gpu = scalars_on_gpu;
+            gpu.launch(job, device, stream);
+        });
     }
 
     int64_t bytes() const {
@@ -131,6 +149,7 @@ private:
         for_each_job([](const Job& job) { cpu::run(job); });
     }
 
+    std::tuple<std::vector<GroupOnGpu<GdHyper>>, std::vector<GroupOnGpu<AdamHyper>>> groups_;
     Work work_[Rules::count][dtype_count];
     Known known_[dtype_count];
     std::deque<AnyScalars> scalars_;

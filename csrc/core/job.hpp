@@ -20,7 +20,7 @@ struct StridedLayout {
 struct Tensor {
     std::array<void*, max_streams> streams;
     int64_t size;
-    const void* scalars;                    // Rule::Scalars<element type>; on a GPU see Job::scalars_on_gpu
+    const void* scalars;                    // Rule::Scalars<element type>
     const StridedLayout* layout = nullptr;  // null: dense, element i is streams[k][i]
 };
 
@@ -32,7 +32,7 @@ struct Job {
     const Tensor* tensors;
     const int64_t* ends;
     int64_t count;
-    bool scalars_on_gpu = false;  // the tensors' scalars are in the GPU's memory, and not yet computed
+    bool scalars_on_gpu;  // the tensors' scalars are in the GPU's memory
 
     int64_t elements() const { return count == 0 ? 0 : ends[count - 1]; }
 

@@ -134,7 +134,7 @@ FUSEDSTEP_INLINE void step_table(const Table& table, const Place& place) {
         void* streams[Rule::streams];
         FUSEDSTEP_UNROLL
         for (int k = 0; k < Rule::streams; ++k) {
-            streams[k] = reinterpret_cast<void*>(shared.bases[k] + uint64_t{entry.streams[k]} * sizeof(T));
+            streams[k] = shared.bases[k] + uint64_t{entry.streams[k]} * sizeof(T);
         }
         const typename S::Scalars scalars = shared.on_gpu != nullptr ? *shared.on_gpu : shared.scalars;
         const uint32_t first = i == 0 ? 0 : entries[i - 1].chunks_end;

@@ -32,8 +32,8 @@ template <class Rule, class T>
 struct Shared {
     using Scalars = typename Rule::template Scalars<T>;
 
-    uint64_t bases[Rule::streams];
-    const Scalars* on_gpu;  // null: `scalars`
+    char* bases[Rule::streams];  // as pointers, so that nvcc knows them to be in global memory
+    const Scalars* on_gpu;       // null: `scalars`
     Scalars scalars;
 };
 
@@ -165,7 +165,7 @@ private:
             bases_[k] = reinterpret_cast<uintptr_t>(tensor.streams[k]) - below * sizeof(T);
             streams_[k] = static_cast<uint32_t>(below);
         }
-        std::memcpy(shared.bases, bases_, sizeof(bases_));
+        for (int k = 0; k < Rule::streams; ++k) shared.bases[k] = reinterpret_cast<char*>(bases_[k]);
         if (scalars_on_gpu_)
             shared.on_gpu = static_cast<const typename S::Scalars*>(tensor.scalars);
         else

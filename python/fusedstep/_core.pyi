@@ -1,5 +1,5 @@
 from collections.abc import Mapping
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 from numpy.typing import NDArray
 
@@ -39,6 +39,7 @@ def adam_step(
 ) -> None: ...
 
 class _Optimizer:
+    group_state_bytes: ClassVar[int]
     steps: list[int]
     def __init__(self, decoupled: bool = False) -> None: ...
     def add_group(
@@ -48,9 +49,12 @@ class _Optimizer:
         keys: list[str | None],
         state: list[list[NDArray[Any]]],
         suffixes: list[str],
+        group_state: Any | None,
         /,
     ) -> None: ...
-    def check_group(self, group: Mapping[str, Any], number: int, state_arrays: int, /) -> None: ...
+    def check_group(
+        self, group: Mapping[str, Any], number: int, state_arrays: int, capturable: bool, /
+    ) -> None: ...
     def step(
         self, param_groups: object, grads: object, grad_scale: object, nested: bool, /
     ) -> None: ...

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import gpu
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -28,7 +30,8 @@ def save_state(optimizer: str, state_dict: Mapping[str, Any], path: str | os.Pat
         steps[str(index)] = entry["step"]
         for key, value in entry.items():
             if key != "step":
-                tensors[f"{index}.{key}"] = np.ascontiguousarray(value).reshape(np.shape(value))
+                array = gpu.to_host(value)
+                tensors[f"{index}.{key}"] = np.ascontiguousarray(array).reshape(array.shape)
     description = json.dumps(
         {"optimizer": optimizer, "steps": steps, "param_groups": state_dict["param_groups"]},
         default=_plain_number,
@@ -97,7 +100,9 @@ def _digest(description: str, tensors: Mapping[str, NDArray[Any]]) -> str:
 
 
 def _plain_number(value: Any) -> bool | float:
-    """Return what JSON can hold of a hyper-parameter: a NumPy scalar, a Fraction."""
+    """Return what JSON can hold of a hyper-parameter: a NumPy scalar, a Fraction, lr on a GPU."""
+    if gpu.is_gpu_array(value):
+        return gpu.to_number(value)
     return bool(value) if isinstance(value, np.bool_) else float(value)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
-from . import _core
+from . import _core, gpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,12 +33,19 @@ class Optimizer:
     param_groups : list of dict
         The hyper-parameters of each group, to be read and changed between steps, with the arrays
         themselves under ``"params"``.
+    capturable : bool
+        Whether the steps are counted on the GPU.
     """
 
     param_groups: list[dict[str, Any]]
 
-    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self, params: Params, defaults: dict[str, Any], *, capturable: bool = False
+    ) -> None:
+        if not isinstance(capturable, bool):
+            raise TypeError(f"capturable: expected True or False, got {type(capturable).__name__}")
         self.defaults = defaults
+        self.capturable = capturable
         self._start_empty()
         if _are_groups(params):
             self._grads_by_group = True
@@ -52,6 +58,8 @@ class Optimizer:
         self.param_groups = []
         self._structures: list[str] = []
         self._arrays: list[dict[str, Array]] = []
+        # Of each group, in its GPU's memory: the step count, then what the kernels keep there.
+        self._counters: list[Any] = []
         self._native = self._make_native()
         self._grads_by_group = False
 
@@ -102,17 +110,31 @@ class Optimizer:
         elif "param_names" in group:
             raise TypeError(f"param_groups[{number}]: names are given by params as a dict")
         keys = self._state_keys(added)
-        self._native.check_group(added, number, len(keys))
+        for name, value in added.items():
+            if self.capturable and callable(value):
+                raise TypeError(
+                    f"param_groups[{number}]: {name}: a callable needs the number of the step, which "
+                    "capturable=True keeps on the GPU; pass a number, or lr as a GPU array"
+                )
+        self._native.check_group(added, number, len(keys), self.capturable)
         suffixes = _suffixes(structure, names, f"[{number}]" if self._grads_by_group else "")
         for param, suffix in zip(params, suffixes, strict=True):
             _core.check_parameter(param, suffix)
+            if self.capturable and gpu.is_on_host(param):
+                raise ValueError(
+                    f"params{suffix}: in host memory, but capturable=True counts steps on a GPU"
+                )
         arrays = [{key: _zeros_like(param) for key in keys} for param in params]
-        self._native.add_group(
-            structure, params, names, [[own[key] for own in arrays] for key in keys], suffixes
-        )
+        counter = self._new_counter(params[0]) if self.capturable else None
+        state = [[own[key] for own in arrays] for key in keys]
+        self._native.add_group(structure, params, names, state, suffixes, counter)
         self.param_groups.append(added)
         self._structures.append(structure)
         self._arrays += arrays
+        self._counters.append(counter)
+
+    def _new_counter(self, param: Any) -> Any:
+        return gpu.zero_integers(-(-self._native.group_state_bytes // 8), param)
 
     def step(self, grads: Grads, *, grad_scale: float = 1.0) -> None:
         """Update every parameter in place with its gradient.
@@ -142,8 +164,27 @@ class Optimizer:
         """The state of each parameter by its index: its step count and its live state arrays."""
         return {
             i: {"step": step, **arrays}
-            for i, (step, arrays) in enumerate(zip(self._native.steps, self._arrays, strict=True))
+            for i, (step, arrays) in enumerate(zip(self._steps(), self._arrays, strict=True))
         }
+
+    def _steps(self) -> list[int]:
+        """Return each parameter's step count, from the GPU where it is counted there."""
+        if not self.capturable:
+            return self._native.steps
+        steps = []
+        for group, counter in zip(self.param_groups, self._counters, strict=True):
+            steps += [int(gpu.to_host(counter[:1])[0])] * len(group["params"])
+        return steps
+
+    def _set_steps(self, steps: list[int]) -> None:
+        """Set each parameter's step count; those of a group that is counted on the GPU are equal."""
+        if not self.capturable:
+            self._native.steps = steps
+            return
+        first = 0
+        for group, counter in zip(self.param_groups, self._counters, strict=True):
+            gpu.from_host(counter[:1], np.asarray(steps[first]))
+            first += len(group["params"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return state and hyper-parameters in PyTorch's layout.
@@ -185,17 +226,31 @@ class Optimizer:
         """
         groups, arrays, steps = self._checked_state(state_dict)
         # A state_dict holds live arrays: this optimizer's own must be read before they are written.
-        own_memory = {id(array.base) for own in self._arrays for array in own.values()}
+        own_memory = {
+            id(array.base)
+            for own in self._arrays
+            for array in own.values()
+            if gpu.is_on_host(array)
+        }
         arrays = [
             {key: a.copy() if id(a.base) in own_memory else a for key, a in saved.items()}
             for saved in arrays
         ]
-        for own, saved in zip(self._arrays, arrays, strict=True):
-            for key, array in own.items():
-                array[...] = saved[key]
+        self._fill(arrays)
         for own_group, hyper in zip(self.param_groups, groups, strict=True):
+            if gpu.is_gpu_array(own_group["lr"]):  # a graph may hold it
+                gpu.from_host(own_group["lr"], np.asarray(hyper.pop("lr")))
             own_group.update(hyper)
-        self._native.steps = steps
+        self._set_steps(steps)
+
+    def _fill(self, arrays: Sequence[Mapping[str, Any]]) -> None:
+        """Copy host arrays into the state."""
+        for own, values in zip(self._arrays, arrays, strict=True):
+            for key, array in own.items():
+                if gpu.is_on_host(array):
+                    array[...] = values[key]
+                else:
+                    gpu.from_host(array, values[key])
 
     def _checked_state(
         self, state_dict: Mapping[str, Any]
@@ -222,6 +277,12 @@ class Optimizer:
                 )
                 arrays.append(checked)
                 steps.append(step)
+            own_steps = set(steps[len(steps) - len(indices) :])
+            if self.capturable and len(own_steps) > 1:
+                raise ValueError(
+                    f"{where}: step counts from {min(own_steps)} to {max(own_steps)}, but "
+                    "capturable=True has one count for all parameters of a group"
+                )
         return groups, arrays, steps
 
     def _checked_hyper(
@@ -235,6 +296,8 @@ class Optimizer:
                 f"{type(self).__name__} has {', '.join(self.defaults)}"
             )
         hyper = {key: saved[key] for key in self.defaults if saved[key] is not None}
+        if gpu.is_gpu_array(hyper.get("lr")):
+            hyper["lr"] = gpu.to_number(hyper["lr"])
         merged = {**own, **hyper}
         keys, wanted = self._state_keys(own), self._state_keys(merged)
         if wanted != keys:
@@ -242,7 +305,7 @@ class Optimizer:
                 f"{where}: needs the state arrays ({', '.join(wanted)}), but this optimizer has "
                 f"({', '.join(keys)}); make it with the same momentum or amsgrad"
             )
-        self._native.check_group(merged, number, len(keys))
+        self._native.check_group(merged, number, len(keys), self.capturable)
         return hyper
 
     def _checked_entry(
@@ -256,21 +319,22 @@ class Optimizer:
         if extra:
             raise ValueError(f"{where}: {min(extra)!r} is no state of this {type(self).__name__}")
         if step == 0 and not entry.keys() & set(keys):
-            return dict.fromkeys(keys, np.zeros((), param.dtype)), 0
+            return dict.fromkeys(keys, np.zeros((), gpu.dtype_of(param))), 0
+        arrays = {}
         for key in keys:
             if key not in entry:
                 raise ValueError(f"{where}: no {key!r}")
-            array = np.asarray(entry[key])
-            if array.shape != param.shape:
+            arrays[key] = array = gpu.to_host(entry[key])
+            if array.shape != tuple(param.shape):
                 raise ValueError(
                     f"{where}[{key!r}]: shape {array.shape}, but its parameter has shape "
-                    f"{param.shape}"
+                    f"{tuple(param.shape)}"
                 )
-            if array.dtype != param.dtype:
+            if array.dtype != gpu.dtype_of(param):
                 raise TypeError(
                     f"{where}[{key!r}]: {array.dtype}, but its parameter is {param.dtype}"
                 )
-        return {key: np.asarray(entry[key]) for key in keys}, step
+        return arrays, step
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write state and hyper-parameters to a safetensors file, whole or not at all.
@@ -315,12 +379,17 @@ class Optimizer:
             "param_groups": self.param_groups,
             "structures": self._structures,
             "grads_by_group": self._grads_by_group,
-            "arrays": self._arrays,
-            "steps": self._native.steps,
+            "arrays": [
+                {k: a if gpu.is_on_host(a) else gpu.to_host(a) for k, a in own.items()}
+                for own in self._arrays
+            ],
+            "steps": self._steps(),
+            "capturable": self.capturable,
         }
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.defaults = saved["defaults"]
+        self.capturable = saved["capturable"]
         self._start_empty()
         self._grads_by_group = saved["grads_by_group"]
         for group, structure in zip(saved["param_groups"], saved["structures"], strict=True):
@@ -331,10 +400,8 @@ class Optimizer:
                 params = dict(zip(group["param_names"], params, strict=True))
             self._add_group({**group, "params": params})
         # Into arrays of our own: a copy made by pickle is not aligned as they are.
-        for own, arrays in zip(self._arrays, saved["arrays"], strict=True):
-            for key, array in own.items():
-                array[...] = arrays[key]
-        self._native.steps = saved["steps"]
+        self._fill(saved["arrays"])
+        self._set_steps(saved["steps"])
 
     def __repr__(self) -> str:
         lines = [
@@ -369,6 +436,12 @@ class GD(Optimizer):
         L2 penalty, >= 0.
     maximize : bool
         Climb instead of descend.
+    capturable : bool
+        For GPU arrays: count the steps in the GPU's memory, one count for each group, so that a
+        step which was captured in a CUDA graph is a new step each time the graph is replayed.
+        `lr` may then be a GPU array of one float32 or float64, which is read when a step runs and
+        is not checked; float64 gives the bits of a number. Callables are refused, and so is a
+        gradient of None. Reading `state`, saving and pickling wait for the GPU.
 
     Raises
     ------
@@ -402,6 +475,7 @@ class GD(Optimizer):
         nesterov: bool = False,
         weight_decay: Schedule = 0.0,
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -413,6 +487,7 @@ class GD(Optimizer):
                 "weight_decay": weight_decay,
                 "maximize": maximize,
             },
+            capturable=capturable,
         )
 
     @staticmethod
@@ -457,6 +532,12 @@ class Adam(Optimizer):
         Climb instead of descend.
     bias_correction : bool
         False uses the moments as they are, without the division by ``1 - beta**t``.
+    capturable : bool
+        For GPU arrays: count the steps in the GPU's memory, one count for each group, so that a
+        step which was captured in a CUDA graph is a new step each time the graph is replayed.
+        `lr` may then be a GPU array of one float32 or float64, which is read when a step runs and
+        is not checked; float64 gives the bits of a number. Callables are refused, and so is a
+        gradient of None. Reading `state`, saving and pickling wait for the GPU.
 
     Raises
     ------
@@ -489,6 +570,7 @@ class Adam(Optimizer):
         amsgrad: bool = False,
         maximize: bool = False,
         bias_correction: bool = True,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -501,6 +583,7 @@ class Adam(Optimizer):
                 "maximize": maximize,
                 "bias_correction": bias_correction,
             },
+            capturable=capturable,
         )
 
     @staticmethod
@@ -535,6 +618,7 @@ class AdamW(Adam):
         amsgrad: bool = False,
         maximize: bool = False,
         bias_correction: bool = True,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -545,6 +629,7 @@ class AdamW(Adam):
             amsgrad=amsgrad,
             maximize=maximize,
             bias_correction=bias_correction,
+            capturable=capturable,
         )
 
     @staticmethod
@@ -589,17 +674,9 @@ def _zeros_like(param: Array) -> Array:
     The pages are first touched by the threads that will update them. On a GPU the parameter's own
     library allocates.
     """
-    if not isinstance(param, np.ndarray):
-        library = type(param).__module__.partition(".")[0]
-        if library == "cupy":
-            with param.device:
-                return sys.modules[library].zeros_like(param)
-        if library == "torch":
-            return sys.modules[library].zeros_like(param)
-        raise TypeError(
-            f"params: an optimizer cannot allocate state like a {type(param).__qualname__} of "
-            f"{library}; keep the state yourself and call a function (adam_step)"
-        )
+    if not gpu.is_on_host(param):
+        zeros: Array = gpu.zeros_like(param)
+        return zeros
     cache_line = 64
     strides = np.empty_like(param, order="K", subok=False).strides
     memory = np.empty(param.nbytes + cache_line, np.uint8)

@@ -165,8 +165,12 @@ private:
         const std::vector<Tensor> tensors = tensors_in(gpu_);
         std::vector<int64_t> ends;
         for (const int64_t size : sizes_) ends.push_back(size + (ends.empty() ? 0 : ends.back()));
-        const Job job{rule_index<Rule>, sizeof(T) == 8 ? DType::float64 : DType::float32, tensors.data(), ends.data(),
-                      static_cast<int64_t>(tensors.size())};
+        const Job job{rule_index<Rule>,
+                      sizeof(T) == 8 ? DType::float64 : DType::float32,
+                      tensors.data(),
+                      ends.data(),
+                      static_cast<int64_t>(tensors.size()),
+                      false};
         constexpr int block_sizes[] = {32, 96, 256};
         const int threads = block_sizes[below(random_, 3)];
         const uint32_t most_blocks = static_cast<uint32_t>(below(random_, 2) ? 1 + below(random_, 7) : 1 << 20);
@@ -228,7 +232,7 @@ bool last_chunk_of_a_huge_tensor(int64_t offset, bool alike) {
         tensors[which].size = size;
         tensors[which].scalars = &scalars;
     }
-    const Job job{rule_index<Gd>, sizeof(T) == 8 ? DType::float64 : DType::float32, &tensors[0], &size, 1};
+    const Job job{rule_index<Gd>, sizeof(T) == 8 ? DType::float64 : DType::float32, &tensors[0], &size, 1, false};
     int64_t begin = 0;
     cuda::for_each_table<Gd, T, cuda::Dense>(job, [&](const auto& table) {
         const int64_t lead =
