@@ -25,23 +25,23 @@ class Digits(NamedTuple):
     test_labels: Array
 
 
-def load_digits() -> Digits:
-    """Return the 1797 digits that come with scikit-learn, a quarter of them kept for testing."""
+def load_digits(seed: int = 0) -> Digits:
+    """Return the 1797 digits that come with scikit-learn, a random quarter of them for testing."""
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
 
     pixels, labels = sklearn_digits(return_X_y=True)
     images = (pixels / 16).astype(np.float32)
     train_images, test_images, train_labels, test_labels = train_test_split(
-        images, labels, test_size=0.25, random_state=0, stratify=labels
+        images, labels, test_size=0.25, random_state=seed, stratify=labels
     )
     return Digits(train_images, train_labels, test_images, test_labels)
 
 
-def init_params(rng: np.random.Generator) -> Params:
+def init_params(rng: np.random.Generator, layer_sizes: tuple[int, ...] = LAYER_SIZES) -> Params:
     """Return random weights (He et al. 2015) and zero biases."""
     params = {}
-    for i, (inputs, outputs) in enumerate(pairwise(LAYER_SIZES)):
+    for i, (inputs, outputs) in enumerate(pairwise(layer_sizes)):
         weights = rng.standard_normal((inputs, outputs), dtype=np.float32)
         params[f"w{i}"] = weights * np.float32(np.sqrt(2 / inputs))
         params[f"b{i}"] = np.zeros(outputs, np.float32)
@@ -59,22 +59,30 @@ def forward(params: Params, images: Array) -> list[Array]:
 
 
 def loss_and_grads(params: Params, images: Array, labels: Array) -> tuple[float, Params]:
-    """Return the mean cross-entropy and its gradients, by backpropagation."""
+    """Return the mean cross-entropy and its gradients."""
     activations = forward(params, images)
     log_probabilities = log_softmax(activations[-1])
     rows = np.arange(len(labels))
     loss = -float(log_probabilities[rows, labels].mean())
 
-    # `delta` is the gradient of the loss with respect to a layer's output, from the last layer on.
     delta = np.exp(log_probabilities)
     delta[rows, labels] -= 1
     delta /= len(labels)
+    return loss, backward(params, activations, delta)
+
+
+def backward(params: Params, activations: list[Array], delta: Array) -> Params:
+    """Return the gradients, by backpropagation.
+
+    `activations` is what `forward` returned, `delta` the gradient of the loss with respect to the
+    scores, and then to the output of each layer before.
+    """
     grads = {}
     for i in reversed(range(len(params) // 2)):
         grads[f"w{i}"] = activations[i].T @ delta
         grads[f"b{i}"] = delta.sum(axis=0)
         delta = (delta @ params[f"w{i}"].T) * (activations[i] > 0)
-    return loss, grads
+    return grads
 
 
 def log_softmax(scores: Array) -> Array:
