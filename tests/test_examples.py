@@ -92,6 +92,7 @@ def test_the_gradient_of_deblurring_agrees_with_finite_differences():
     assert (above - below) / (2 * h) == pytest.approx(float((grad * direction).sum()), rel=1e-6)
 
 
+@pytest.mark.gpu
 def test_deblurring_on_a_gpu_gains_the_same(tmp_path):
     pytest.importorskip("fusedstep._cuda", reason="this build has no CUDA backend")
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
