@@ -7,14 +7,24 @@
 
 #include "../rules/table.hpp"
 #include "dtype.hpp"
+#include "format.hpp"
+#include "stream.hpp"
 
 namespace fusedstep {
 
 // How to walk a parameter whose arrays do not share one dense layout. Strides are in bytes, the last
-// dimension varies fastest.
+// dimension varies fastest. Blockwise formats have none: their elements are numbered in the order of the walk.
 struct StridedLayout {
     std::vector<int64_t> shape;
     std::array<std::vector<int64_t>, max_streams> strides;
+    std::array<std::vector<int64_t>, max_streams> extra_strides;
+};
+
+// How the elements of a parameter's streams are stored, where that is not in the type that the rule computes in.
+struct Storage {
+    std::array<Format, max_streams> formats{};
+    std::array<void*, max_streams> extras{};  // what a format keeps beside the stream
+    uint64_t random = 0;                      // the stream of this step's random bits
 };
 
 struct Tensor {
@@ -22,6 +32,7 @@ struct Tensor {
     int64_t size;
     const void* scalars;                    // Rule::Scalars<element type>
     const StridedLayout* layout = nullptr;  // null: dense, element i is streams[k][i]
+    const Storage* storage = nullptr;       // null: every stream is native
 };
 
 // Tensors of one rule and type. `ends[i]` is the number of elements in tensors 0 to i, so that the work

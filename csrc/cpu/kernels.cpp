@@ -2,6 +2,16 @@
 // template over that ISA's vector types, so no two of these objects share a symbol.
 #include "kernels.hpp"
 
+#include <iterator>
+#include <type_traits>
+#include <utility>
+
+#include "../formats/bfloat16.hpp"
+#include "../formats/eight_bit.hpp"
+#include "../formats/float16.hpp"
+#include "../formats/native.hpp"
+#include "codec_loop.hpp"
+#include "fused_loop.hpp"
 #include "step_loop.hpp"
 
 #define FUSEDSTEP_STRINGIZE(x) #x
@@ -12,9 +22,54 @@
 namespace fusedstep::FUSEDSTEP_ISA {
 namespace {
 
+// How a format is accessed, by its name in the table of formats: a line for each.
+template <Format format>
+struct AccessOf;
+template <>
+struct AccessOf<Format::native> : std::common_type<Elements<Native, F32>> {};
+template <>
+struct AccessOf<Format::bfloat16> : std::common_type<Elements<BFloat16, F32>> {};
+template <>
+struct AccessOf<Format::float16> : std::common_type<Elements<Float16, F32>> {};
+template <>
+struct AccessOf<Format::bfloat16_master> : std::common_type<Elements<WithMaster<BFloat16>, F32>> {};
+template <>
+struct AccessOf<Format::float16_master> : std::common_type<Elements<WithMaster<Float16>, F32>> {};
+template <>
+struct AccessOf<Format::bfloat16_correction16> : std::common_type<Elements<BFloat16Correction16, F32>> {};
+template <>
+struct AccessOf<Format::bfloat16_correction8> : std::common_type<Elements<BFloat16Correction8, F32>> {};
+template <>
+struct AccessOf<Format::bfloat16_stochastic> : std::common_type<Elements<BFloat16Stochastic, F32>> {};
+template <>
+struct AccessOf<Format::signed8> : std::common_type<Blocks<Signed8, F32>> {};
+template <>
+struct AccessOf<Format::unsigned8> : std::common_type<Blocks<Unsigned8, F32>> {};
+
+template <Format format>
+using Access = typename AccessOf<format>::type;
+
+template <int... formats>
+constexpr KernelTable with_codecs(KernelTable table, std::integer_sequence<int, formats...>) {
+    ((table.codec[formats] = {decode_loop<Access<Format{formats}>, F32>, encode_loop<Access<Format{formats}>, F32>}),
+     ...);
+    return table;
+}
+
+template <class Rule, Format... formats>
+constexpr FusedStep fused = {rule_index<Rule>, {formats...}, FusedLoop<Rule, F32, Access<formats>...>::run};
+
+constexpr FusedStep fused_steps[] = {
+    fused<Adam, Format::native, Format::native, Format::signed8, Format::unsigned8>,
+    fused<Adam, Format::bfloat16, Format::bfloat16, Format::bfloat16, Format::bfloat16>,
+    fused<Adam, Format::bfloat16, Format::bfloat16, Format::native, Format::native>,
+    fused<Adam, Format::bfloat16_correction8, Format::bfloat16, Format::signed8, Format::unsigned8>,
+};
+
 template <class... All>
 constexpr KernelTable table_of(RuleList<All...>) {
-    return {{{step_loop<All, F32>, step_loop<All, F64>}...}};
+    const KernelTable table{{{step_loop<All, F32>, step_loop<All, F64>}...}, {}, fused_steps, std::size(fused_steps)};
+    return with_codecs(table, std::make_integer_sequence<int, format_count>());
 }
 
 }  // namespace

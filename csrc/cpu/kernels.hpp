@@ -1,17 +1,36 @@
-// What a per-ISA object provides: a table of step loops by rule and element type.
+// What a per-ISA object provides: step loops by rule and element type, codecs by storage format, and step loops
+// for some combinations of formats.
 #pragma once
 
 #include <cstdint>
 
 #include "../core/dtype.hpp"
+#include "../core/format.hpp"
+#include "../core/stream.hpp"
 #include "../rules/table.hpp"
 
 namespace fusedstep {
 
 using StepKernel = void (*)(void* const* streams, int64_t begin, int64_t count, const void* scalars);
 
+struct Codec {
+    void (*decode)(const Stream& stream, int64_t at, int64_t count, float* values);
+    void (*encode)(const Stream& stream, int64_t at, int64_t count, int64_t first_block, uint64_t random,
+                   float* values);
+};
+
+// A step loop that is made for one combination of formats.
+struct FusedStep {
+    int rule;
+    Format formats[max_streams];  // native past the rule's streams
+    void (*run)(const Stream* streams, int64_t begin, int64_t count, const void* scalars, uint64_t random);
+};
+
 struct KernelTable {
     StepKernel step[Rules::count][dtype_count];
+    Codec codec[format_count];
+    const FusedStep* fused;
+    int fused_count;
 };
 
 namespace scalar {

@@ -6,8 +6,8 @@
 #include "../core/cut.hpp"
 #include "dispatch.hpp"
 #include "float_environment.hpp"
-#include "strided.hpp"
 #include "thread_pool.hpp"
+#include "tile.hpp"
 
 namespace fusedstep::cpu {
 namespace {
@@ -43,14 +43,15 @@ void parallel_for(int64_t elements, int64_t bytes, const Body& body) {
 bool is_long(int64_t bytes) { return bytes >= least_shared_bytes; }
 
 void run(const Job& job) {
-    const StepKernel kernel = chosen_isa().kernels->step[job.rule][static_cast<int>(job.dtype)];
+    const KernelTable& kernels = *chosen_isa().kernels;
+    const StepKernel kernel = kernels.step[job.rule][static_cast<int>(job.dtype)];
     parallel_for(job.elements(), job.bytes(), [&](int64_t from, int64_t to) {
         const FloatEnvironment ieee;
         for_each_run(job, cut_at(job, from), cut_at(job, to), [&](const Tensor& tensor, int64_t begin, int64_t count) {
-            if (tensor.layout == nullptr) {
+            if (tensor.layout == nullptr && tensor.storage == nullptr) {
                 kernel(tensor.streams.data(), begin, count, tensor.scalars);
             } else {
-                strided_step(kernel, job, tensor, begin, count);
+                tiled_step(kernels, job, tensor, begin, count);
             }
         });
     });

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../rules/inline.hpp"
+#include "../rules/gd.hpp"
 
 namespace fusedstep {
 
@@ -36,7 +36,7 @@ FUSEDSTEP_INLINE void step_vector(typename V::Element* const* data, int64_t at, 
     V values[Rule::streams];
 #pragma GCC unroll 8
     for (int k = 0; k < Rule::streams; ++k) values[k] = access.template load<V>(data[k] + at);
-    Rule::apply(values, scalars);
+    apply<Rule>(values, scalars);
 #pragma GCC unroll 8
     for (int k = 0; k < Rule::streams; ++k) {
         if (Rule::written >> k & 1) access.store(values[k], data[k] + at);

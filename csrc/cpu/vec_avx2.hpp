@@ -17,8 +17,11 @@ FUSEDSTEP_INLINE static __m256i first_lanes(int words) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane_window + 8 - words));
 }
 
+struct U32;
+
 struct F32 {
     using Element = float;
+    using Bits = U32;
     static constexpr int lanes = 8;
 
     __m256 x;
@@ -37,6 +40,7 @@ struct F32 {
     FUSEDSTEP_INLINE friend F32 operator*(F32 a, F32 b) { return _mm256_mul_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 operator/(F32 a, F32 b) { return _mm256_div_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 max(F32 a, F32 b) { return _mm256_max_ps(a.x, b.x); }
+    FUSEDSTEP_INLINE friend F32 min(F32 a, F32 b) { return _mm256_min_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 sqrt(F32 a) { return _mm256_sqrt_ps(a.x); }
     FUSEDSTEP_INLINE friend F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.x, b.x, c.x); }
 };
@@ -64,5 +68,82 @@ struct F64 {
     FUSEDSTEP_INLINE friend F64 sqrt(F64 a) { return _mm256_sqrt_pd(a.x); }
     FUSEDSTEP_INLINE friend F64 fma(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a.x, b.x, c.x); }
 };
+
+struct U32 {
+    __m256i x;
+
+    FUSEDSTEP_INLINE U32() : x(_mm256_setzero_si256()) {}
+    FUSEDSTEP_INLINE explicit U32(uint32_t value) : x(_mm256_set1_epi32(static_cast<int>(value))) {}
+    FUSEDSTEP_INLINE U32(__m256i value) : x(value) {}
+
+    FUSEDSTEP_INLINE static U32 load(const uint32_t* from) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    }
+    FUSEDSTEP_INLINE static U32 load(const uint16_t* from) {
+        return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
+    FUSEDSTEP_INLINE static U32 load(const uint8_t* from) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    }
+    FUSEDSTEP_INLINE static U32 load(const int8_t* from) {
+        return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    }
+    // Four vectors, each lane of which fits an item.
+    FUSEDSTEP_INLINE static void store(uint32_t* to, const U32 (&from)[4]) {
+        for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * i), from[i].x);
+    }
+    FUSEDSTEP_INLINE static void store(uint16_t* to, const U32 (&from)[4]) {
+        for (int i = 0; i < 4; i += 2) {
+            const __m256i packed = _mm256_packus_epi32(from[i].x, from[i + 1].x);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * i), _mm256_permute4x64_epi64(packed, 0b11011000));
+        }
+    }
+    FUSEDSTEP_INLINE static void store(uint8_t* to, const U32 (&from)[4]) {
+        store_bytes(to, _mm256_packus_epi16(_mm256_packus_epi32(from[0].x, from[1].x),
+                                            _mm256_packus_epi32(from[2].x, from[3].x)));
+    }
+    FUSEDSTEP_INLINE static void store(int8_t* to, const U32 (&from)[4]) {
+        store_bytes(
+            to, _mm256_packs_epi16(_mm256_packs_epi32(from[0].x, from[1].x), _mm256_packs_epi32(from[2].x, from[3].x)));
+    }
+    FUSEDSTEP_INLINE static void store_bytes(void* to, __m256i packed) {
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(packed, order));
+    }
+    FUSEDSTEP_INLINE static U32 lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+    FUSEDSTEP_INLINE uint32_t greatest() const {
+        __m128i m = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+        m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0b01001110));
+        m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0b10110001));
+        return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+    }
+
+    FUSEDSTEP_INLINE friend U32 operator+(U32 a, U32 b) { return _mm256_add_epi32(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 operator-(U32 a, U32 b) { return _mm256_sub_epi32(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 operator*(U32 a, U32 b) { return _mm256_mullo_epi32(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 operator&(U32 a, U32 b) { return _mm256_and_si256(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 operator|(U32 a, U32 b) { return _mm256_or_si256(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 operator^(U32 a, U32 b) { return _mm256_xor_si256(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 operator<<(U32 a, int n) { return _mm256_slli_epi32(a.x, n); }
+    FUSEDSTEP_INLINE friend U32 operator>>(U32 a, int n) { return _mm256_srli_epi32(a.x, n); }
+    FUSEDSTEP_INLINE friend U32 max(U32 a, U32 b) { return _mm256_max_epu32(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 min(U32 a, U32 b) { return _mm256_min_epu32(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 if_greater(U32 a, U32 b, U32 yes, U32 no) {
+        return _mm256_blendv_epi8(no.x, yes.x, _mm256_cmpgt_epi32(a.x, b.x));
+    }
+    FUSEDSTEP_INLINE friend U32 absolute(U32 a) { return _mm256_abs_epi32(a.x); }
+    FUSEDSTEP_INLINE friend U32 with_sign(U32 a, U32 of) {
+        return _mm256_sign_epi32(a.x, _mm256_or_si256(of.x, _mm256_set1_epi32(1)));
+    }
+};
+
+FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
+    const __m256 ab = _mm256_cmp_ps(values[0].x, values[1].x, _CMP_UNORD_Q);
+    const __m256 cd = _mm256_cmp_ps(values[2].x, values[3].x, _CMP_UNORD_Q);
+    return _mm256_movemask_ps(_mm256_or_ps(ab, cd)) != 0;
+}
+
+FUSEDSTEP_INLINE U32 bits_of(F32 value) { return _mm256_castps_si256(value.x); }
+FUSEDSTEP_INLINE F32 from_bits(U32 bits) { return _mm256_castsi256_ps(bits.x); }
 
 }  // namespace fusedstep::avx2

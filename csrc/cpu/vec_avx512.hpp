@@ -3,12 +3,17 @@
 
 #include <immintrin.h>
 
+#include <cstdint>
+
 #include "../rules/inline.hpp"
 
 namespace fusedstep::avx512 {
 
+struct U32;
+
 struct F32 {
     using Element = float;
+    using Bits = U32;
     static constexpr int lanes = 16;
 
     __m512 x;
@@ -28,6 +33,7 @@ struct F32 {
     FUSEDSTEP_INLINE friend F32 operator*(F32 a, F32 b) { return _mm512_mul_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 operator/(F32 a, F32 b) { return _mm512_div_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 max(F32 a, F32 b) { return _mm512_max_ps(a.x, b.x); }
+    FUSEDSTEP_INLINE friend F32 min(F32 a, F32 b) { return _mm512_min_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 sqrt(F32 a) { return _mm512_sqrt_ps(a.x); }
     FUSEDSTEP_INLINE friend F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.x, b.x, c.x); }
 };
@@ -56,5 +62,71 @@ struct F64 {
     FUSEDSTEP_INLINE friend F64 sqrt(F64 a) { return _mm512_sqrt_pd(a.x); }
     FUSEDSTEP_INLINE friend F64 fma(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a.x, b.x, c.x); }
 };
+
+struct U32 {
+    __m512i x;
+
+    FUSEDSTEP_INLINE U32() : x(_mm512_setzero_si512()) {}
+    FUSEDSTEP_INLINE explicit U32(uint32_t value) : x(_mm512_set1_epi32(static_cast<int>(value))) {}
+    FUSEDSTEP_INLINE U32(__m512i value) : x(value) {}
+
+    FUSEDSTEP_INLINE static U32 load(const uint32_t* from) { return _mm512_loadu_si512(from); }
+    FUSEDSTEP_INLINE static U32 load(const uint16_t* from) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+    FUSEDSTEP_INLINE static U32 load(const uint8_t* from) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
+    FUSEDSTEP_INLINE static U32 load(const int8_t* from) {
+        return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
+    // Four vectors, each lane of which fits an item.
+    FUSEDSTEP_INLINE static void store(uint32_t* to, const U32 (&from)[4]) {
+        for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + 16 * i, from[i].x);
+    }
+    FUSEDSTEP_INLINE static void store(uint16_t* to, const U32 (&from)[4]) {
+        for (int i = 0; i < 4; ++i) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * i), _mm512_cvtepi32_epi16(from[i].x));
+        }
+    }
+    FUSEDSTEP_INLINE static void store(int8_t* to, const U32 (&from)[4]) {
+        store(reinterpret_cast<uint8_t*>(to), from);
+    }
+    FUSEDSTEP_INLINE static void store(uint8_t* to, const U32 (&from)[4]) {
+        for (int i = 0; i < 4; ++i) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * i), _mm512_cvtepi32_epi8(from[i].x));
+        }
+    }
+    FUSEDSTEP_INLINE static U32 lane_numbers() {
+        return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    }
+    FUSEDSTEP_INLINE uint32_t greatest() const { return _mm512_reduce_max_epu32(x); }
+
+    FUSEDSTEP_INLINE friend U32 operator+(U32 a, U32 b) { return _mm512_add_epi32(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 operator-(U32 a, U32 b) { return _mm512_sub_epi32(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 operator*(U32 a, U32 b) { return _mm512_mullo_epi32(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 operator&(U32 a, U32 b) { return _mm512_and_si512(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 operator|(U32 a, U32 b) { return _mm512_or_si512(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 operator^(U32 a, U32 b) { return _mm512_xor_si512(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 operator<<(U32 a, int n) { return _mm512_slli_epi32(a.x, n); }
+    FUSEDSTEP_INLINE friend U32 operator>>(U32 a, int n) { return _mm512_srli_epi32(a.x, n); }
+    FUSEDSTEP_INLINE friend U32 max(U32 a, U32 b) { return _mm512_max_epu32(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 min(U32 a, U32 b) { return _mm512_min_epu32(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 if_greater(U32 a, U32 b, U32 yes, U32 no) {
+        return _mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(a.x, b.x), no.x, yes.x);
+    }
+    FUSEDSTEP_INLINE friend U32 absolute(U32 a) { return _mm512_abs_epi32(a.x); }
+    FUSEDSTEP_INLINE friend U32 with_sign(U32 a, U32 of) {
+        return _mm512_mask_sub_epi32(a.x, _mm512_movepi32_mask(of.x), _mm512_setzero_si512(), a.x);
+    }
+};
+
+FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
+    return (_mm512_cmp_ps_mask(values[0].x, values[1].x, _CMP_UNORD_Q) |
+            _mm512_cmp_ps_mask(values[2].x, values[3].x, _CMP_UNORD_Q)) != 0;
+}
+
+FUSEDSTEP_INLINE U32 bits_of(F32 value) { return _mm512_castps_si512(value.x); }
+FUSEDSTEP_INLINE F32 from_bits(U32 bits) { return _mm512_castsi512_ps(bits.x); }
 
 }  // namespace fusedstep::avx512

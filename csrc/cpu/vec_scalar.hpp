@@ -1,16 +1,21 @@
 // The portable "vector" of one number: the reference for every other instruction set, and the only one
-// on machines other than x86-64.
+// on machines other than x86-64. U32 is the same number of lanes of integers: `if_greater(a, b, yes, no)`
+// compares them as signed ones, `greatest` is of all lanes.
 #pragma once
 
-#include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #include "../rules/inline.hpp"
 
 namespace fusedstep::scalar {
 
+struct U32;
+
 template <class T>
 struct Vec {
     using Element = T;
+    using Bits = U32;
     static constexpr int lanes = 1;
 
     T x;
@@ -27,6 +32,7 @@ struct Vec {
     FUSEDSTEP_INLINE friend Vec operator*(Vec a, Vec b) { return Vec(a.x * b.x); }
     FUSEDSTEP_INLINE friend Vec operator/(Vec a, Vec b) { return Vec(a.x / b.x); }
     FUSEDSTEP_INLINE friend Vec max(Vec a, Vec b) { return Vec(a.x > b.x ? a.x : b.x); }
+    FUSEDSTEP_INLINE friend Vec min(Vec a, Vec b) { return Vec(a.x < b.x ? a.x : b.x); }
     FUSEDSTEP_INLINE friend Vec sqrt(Vec a) { return Vec(root(a.x)); }
     FUSEDSTEP_INLINE friend Vec fma(Vec a, Vec b, Vec c) { return Vec(multiply_add(a.x, b.x, c.x)); }
 
@@ -39,5 +45,57 @@ private:
 
 using F32 = Vec<float>;
 using F64 = Vec<double>;
+
+struct U32 {
+    uint32_t x;
+
+    FUSEDSTEP_INLINE explicit U32(uint32_t value = 0) : x(value) {}
+
+    template <class Item>
+    FUSEDSTEP_INLINE static U32 load(const Item* from) {
+        return U32(static_cast<uint32_t>(*from));
+    }
+    template <class Item>
+    FUSEDSTEP_INLINE static void store(Item* to, const U32 (&from)[4]) {
+        for (int i = 0; i < 4; ++i) to[i] = static_cast<Item>(from[i].x);
+    }
+    FUSEDSTEP_INLINE static U32 lane_numbers() { return U32(0); }
+    FUSEDSTEP_INLINE uint32_t greatest() const { return x; }
+
+    FUSEDSTEP_INLINE friend U32 operator+(U32 a, U32 b) { return U32(a.x + b.x); }
+    FUSEDSTEP_INLINE friend U32 operator-(U32 a, U32 b) { return U32(a.x - b.x); }
+    FUSEDSTEP_INLINE friend U32 operator*(U32 a, U32 b) { return U32(a.x * b.x); }
+    FUSEDSTEP_INLINE friend U32 operator&(U32 a, U32 b) { return U32(a.x & b.x); }
+    FUSEDSTEP_INLINE friend U32 operator|(U32 a, U32 b) { return U32(a.x | b.x); }
+    FUSEDSTEP_INLINE friend U32 operator^(U32 a, U32 b) { return U32(a.x ^ b.x); }
+    FUSEDSTEP_INLINE friend U32 operator<<(U32 a, int n) { return U32(a.x << n); }
+    FUSEDSTEP_INLINE friend U32 operator>>(U32 a, int n) { return U32(a.x >> n); }
+    FUSEDSTEP_INLINE friend U32 max(U32 a, U32 b) { return U32(a.x > b.x ? a.x : b.x); }
+    FUSEDSTEP_INLINE friend U32 min(U32 a, U32 b) { return U32(a.x < b.x ? a.x : b.x); }
+    FUSEDSTEP_INLINE friend U32 if_greater(U32 a, U32 b, U32 yes, U32 no) {
+        return static_cast<int32_t>(a.x) > static_cast<int32_t>(b.x) ? yes : no;
+    }
+    FUSEDSTEP_INLINE friend U32 absolute(U32 a) { return U32(static_cast<int32_t>(a.x) < 0 ? 0u - a.x : a.x); }
+    FUSEDSTEP_INLINE friend U32 with_sign(U32 a, U32 of) {
+        return U32(static_cast<int32_t>(of.x) < 0 ? 0u - a.x : a.x);
+    }
+};
+
+FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
+    return values[0].x != values[0].x || values[1].x != values[1].x || values[2].x != values[2].x ||
+           values[3].x != values[3].x;
+}
+
+FUSEDSTEP_INLINE U32 bits_of(F32 value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value.x, sizeof bits);
+    return U32(bits);
+}
+
+FUSEDSTEP_INLINE F32 from_bits(U32 bits) {
+    float value;
+    std::memcpy(&value, &bits.x, sizeof value);
+    return F32(value);
+}
 
 }  // namespace fusedstep::scalar

@@ -37,7 +37,7 @@ FUSEDSTEP_INLINE void step_pack(void* const* streams, int64_t at, const Scalars&
         Vec<T> values[Rule::streams];
         FUSEDSTEP_UNROLL
         for (int k = 0; k < Rule::streams; ++k) values[k] = Vec<T>(packs[k].x[i]);
-        Rule::apply(values, scalars);
+        apply<Rule>(values, scalars);
         FUSEDSTEP_UNROLL
         for (int k = 0; k < Rule::streams; ++k) packs[k].x[i] = values[k].x;
     }
@@ -99,7 +99,7 @@ FUSEDSTEP_INLINE void step_chunk(const Table& table, const Entry<Rule, Strided>&
         Vec<T> values[Rule::streams];
         FUSEDSTEP_UNROLL
         for (int k = 0; k < Rule::streams; ++k) values[k] = Vec<T>(*reinterpret_cast<const T*>(elements[k]));
-        Rule::apply(values, scalars);
+        apply<Rule>(values, scalars);
         FUSEDSTEP_UNROLL
         for (int k = 0; k < Rule::streams; ++k) {
             if (Rule::written >> k & 1) *reinterpret_cast<T*>(elements[k]) = values[k].x;

@@ -24,9 +24,8 @@ struct AdamScalars {
 };
 
 template <class V, class Scalars>
-FUSEDSTEP_INLINE void update_moments(V& p, const V& g, V& m, V& v, const Scalars& s) {
+FUSEDSTEP_INLINE void update_moments(const V& p, const V& g, V& m, V& v, const Scalars& s) {
     const V scaled = scaled_gradient(p, g, s);
-    p = V(s.param_decay) * p;
     const V difference = scaled - m;
     if (s.moment_from_gradient) m = scaled;
     m = fma(V(s.moment_weight), difference, m);
@@ -36,7 +35,7 @@ FUSEDSTEP_INLINE void update_moments(V& p, const V& g, V& m, V& v, const Scalars
 template <class V, class Scalars>
 FUSEDSTEP_INLINE V descend(const V& p, const V& m, const V& v, const Scalars& s) {
     const V denominator = fma(sqrt(v), V(s.inv_sqrt_correction), V(s.eps));
-    return fma(V(s.neg_step_size), m / denominator, p);
+    return fma(V(s.neg_step_size), m / denominator, V(s.param_decay) * p);
 }
 
 struct Adam {
@@ -46,9 +45,14 @@ struct Adam {
     static constexpr unsigned written = 0b1101;
 
     template <class V>
-    FUSEDSTEP_INLINE static void apply(V (&values)[streams], const Scalars<typename V::Element>& s) {
+    FUSEDSTEP_INLINE static void update_state(V (&values)[streams], const Scalars<typename V::Element>& s) {
         auto& [p, g, m, v] = values;
         update_moments(p, g, m, v, s);
+    }
+
+    template <class V>
+    FUSEDSTEP_INLINE static void update_parameter(V (&values)[streams], const Scalars<typename V::Element>& s) {
+        auto& [p, g, m, v] = values;
         p = descend(p, m, v, s);
     }
 };
@@ -60,10 +64,15 @@ struct AmsGrad {
     static constexpr unsigned written = 0b11101;
 
     template <class V>
-    FUSEDSTEP_INLINE static void apply(V (&values)[streams], const Scalars<typename V::Element>& s) {
+    FUSEDSTEP_INLINE static void update_state(V (&values)[streams], const Scalars<typename V::Element>& s) {
         auto& [p, g, m, v, v_max] = values;
         update_moments(p, g, m, v, s);
         v_max = max(v_max, v);
+    }
+
+    template <class V>
+    FUSEDSTEP_INLINE static void update_parameter(V (&values)[streams], const Scalars<typename V::Element>& s) {
+        auto& [p, g, m, v, v_max] = values;
         p = descend(p, m, v_max, s);
     }
 };

@@ -3,12 +3,19 @@
 // A rule is mathematics: it is given values and gives values back, and never sees memory. It is written
 // over a type V (a number or a vector of numbers) with + - * /, fma, sqrt and max, and is instantiated
 // by every backend. `streams` counts the arrays a step touches, in the order of `values`; bit k of
-// `written` is set when stream k is written back.
+// `written` is set when stream k is written back. The state is updated first, from the gradient and the old
+// parameter, and then the parameter.
 #pragma once
 
 #include "inline.hpp"
 
 namespace fusedstep {
+
+template <class Rule, class V, class Scalars>
+FUSEDSTEP_INLINE void apply(V (&values)[Rule::streams], const Scalars& scalars) {
+    Rule::update_state(values, scalars);
+    Rule::update_parameter(values, scalars);
+}
 
 template <class T>
 struct GdScalars {
@@ -37,7 +44,10 @@ struct Gd {
     static constexpr unsigned written = 0b01;
 
     template <class V>
-    FUSEDSTEP_INLINE static void apply(V (&values)[streams], const Scalars<typename V::Element>& s) {
+    FUSEDSTEP_INLINE static void update_state(V (&)[streams], const Scalars<typename V::Element>&) {}
+
+    template <class V>
+    FUSEDSTEP_INLINE static void update_parameter(V (&values)[streams], const Scalars<typename V::Element>& s) {
         auto& [p, g] = values;
         p = fma(V(s.neg_lr), scaled_gradient(p, g, s), p);
     }
@@ -50,11 +60,16 @@ struct GdMomentum {
     static constexpr unsigned written = 0b101;
 
     template <class V>
-    FUSEDSTEP_INLINE static void apply(V (&values)[streams], const Scalars<typename V::Element>& s) {
+    FUSEDSTEP_INLINE static void update_state(V (&values)[streams], const Scalars<typename V::Element>& s) {
         auto& [p, g, b] = values;
         const V scaled = scaled_gradient(p, g, s);
         b = s.first ? scaled : fma(V(s.momentum), b, V(s.one_minus_dampening) * scaled);
-        const V update = s.nesterov ? fma(V(s.momentum), b, scaled) : b;
+    }
+
+    template <class V>
+    FUSEDSTEP_INLINE static void update_parameter(V (&values)[streams], const Scalars<typename V::Element>& s) {
+        auto& [p, g, b] = values;
+        const V update = s.nesterov ? fma(V(s.momentum), b, scaled_gradient(p, g, s)) : b;
         p = fma(V(s.neg_lr), update, p);
     }
 };

@@ -1,0 +1,133 @@
+// bfloat16, the upper half of a float32, and the ways in which a bfloat16 parameter keeps what rounding
+// would lose.
+//
+// A format, like a rule, is mathematics and never sees memory: over a vector V of float32 and its integer
+// companion V::Bits it turns an item (and what lies beside it, `extra`) into a value and back. Encoding is
+// told whether one of its values may be a NaN, because without one it is cheaper; the bits are the same.
+#pragma once
+
+#include <cstdint>
+
+#include "../rules/inline.hpp"
+
+namespace fusedstep {
+
+template <class B>
+FUSEDSTEP_INLINE B magnitude(B bits) {
+    return bits & B(0x7FFFFFFFu);
+}
+
+// `rounded`, except for the bits of a NaN, which must not be rounded to an infinity.
+template <bool may_be_nan, class B>
+FUSEDSTEP_INLINE B keep_nan(B bits, B rounded) {
+    if constexpr (!may_be_nan) return rounded;
+    return if_greater(magnitude(bits), B(0x7F800000u), (bits >> 16) | B(0x40u), rounded);
+}
+
+struct BFloat16 {
+    using Item = uint16_t;
+    using Extra = void;
+    static constexpr bool random = false;
+
+    template <class V>
+    FUSEDSTEP_INLINE static V decode(typename V::Bits item, typename V::Bits) {
+        return from_bits(item << 16);
+    }
+
+    // To nearest, ties to even.
+    template <bool may_be_nan, class V>
+    FUSEDSTEP_INLINE static void encode(V value, typename V::Bits, typename V::Bits& item, typename V::Bits&) {
+        using B = typename V::Bits;
+        const B bits = bits_of(value);
+        item = keep_nan<may_be_nan>(bits, (bits + B(0x7FFFu) + ((bits >> 16) & B(1u))) >> 16);
+    }
+};
+
+// Up with the probability of the part that rounding drops: 16 random bits are added before it is cut off
+// (Gupta et al., "Deep learning with limited numerical precision", ICML 2015, section 3).
+struct BFloat16Stochastic {
+    using Item = uint16_t;
+    using Extra = void;
+    static constexpr bool random = true;
+
+    template <class V>
+    FUSEDSTEP_INLINE static V decode(typename V::Bits item, typename V::Bits) {
+        return from_bits(item << 16);
+    }
+
+    template <bool may_be_nan, class V>
+    FUSEDSTEP_INLINE static void encode(V value, typename V::Bits random, typename V::Bits& item, typename V::Bits&) {
+        using B = typename V::Bits;
+        const B bits = bits_of(value);
+        item = keep_nan<may_be_nan>(bits, (bits + (random >> 16)) >> 16);
+    }
+};
+
+// bfloat16 and the 16 bits that it lacks of a float32, so that together they are that float32 exactly. The
+// bfloat16 is rounded to nearest with ties away from zero: with ties to even, 65537 float32 would round to
+// some of the bfloat16, one more than 16 bits can tell apart. A NaN stays a NaN, with another payload.
+struct BFloat16Correction16 {
+    using Item = uint16_t;
+    using Extra = uint16_t;
+    static constexpr bool random = false;
+
+    template <class V>
+    FUSEDSTEP_INLINE static V decode(typename V::Bits item, typename V::Bits extra) {
+        using B = typename V::Bits;
+        return from_bits((item << 16) + (extra ^ B(0x8000u)) - B(0x8000u));
+    }
+
+    template <bool may_be_nan, class V>
+    FUSEDSTEP_INLINE static void encode(V value, typename V::Bits, typename V::Bits& item, typename V::Bits& extra) {
+        using B = typename V::Bits;
+        const B bits = bits_of(value);
+        item = keep_nan<may_be_nan>(bits, (bits + B(0x8000u)) >> 16);
+        extra = bits & B(0xFFFFu);
+    }
+};
+
+// bfloat16 and the next 8 bits of the float32, both rounded to nearest with ties away from zero.
+struct BFloat16Correction8 {
+    using Item = uint16_t;
+    using Extra = uint8_t;
+    static constexpr bool random = false;
+
+    template <class V>
+    FUSEDSTEP_INLINE static V decode(typename V::Bits item, typename V::Bits extra) {
+        using B = typename V::Bits;
+        return from_bits((((item << 8) + (extra ^ B(0x80u))) << 8) - B(0x8000u));
+    }
+
+    template <bool may_be_nan, class V>
+    FUSEDSTEP_INLINE static void encode(V value, typename V::Bits, typename V::Bits& item, typename V::Bits& extra) {
+        using B = typename V::Bits;
+        const B bits = bits_of(value);
+        const B rounded = bits + B(0x80u);
+        item = keep_nan<may_be_nan>(bits, (rounded + B(0x8000u)) >> 16);
+        extra = (rounded >> 8) & B(0xFFu);
+        // Of a NaN, nothing that could make an infinity of it.
+        if constexpr (may_be_nan) extra = if_greater(magnitude(bits), B(0x7F800000u), B(0u), extra);
+    }
+};
+
+// The rounded value for whoever reads the parameter, and the float32 itself beside it.
+template <class Low>
+struct WithMaster {
+    using Item = typename Low::Item;
+    using Extra = uint32_t;
+    static constexpr bool random = false;
+
+    template <class V>
+    FUSEDSTEP_INLINE static V decode(typename V::Bits, typename V::Bits extra) {
+        return from_bits(extra);
+    }
+
+    template <bool may_be_nan, class V>
+    FUSEDSTEP_INLINE static void encode(V value, typename V::Bits random, typename V::Bits& item,
+                                        typename V::Bits& extra) {
+        Low::template encode<may_be_nan, V>(value, random, item, extra);
+        extra = bits_of(value);
+    }
+};
+
+}  // namespace fusedstep
