@@ -103,7 +103,8 @@ AdamHyper Family<AdamHyper>::read(py::handle group, int rule, const HyperSource&
 
 struct Parameter {
     py::object object;
-    py::object cupy_dtype;  // of a CuPy array; else null
+    py::object cupy_dtype;                 // of a CuPy array; else null
+    const void* scalars_on_gpu = nullptr;  // in its group's state; null: computed here
     std::vector<py::object> state;
     py::object key;      // of the gradient, in a group given as a dict
     std::string suffix;  // "[3]", "['w2']": how errors name it
@@ -125,12 +126,13 @@ struct Parameter {
     const char* gap_end = nullptr;
 };
 
+template <class Hyper>
 struct Group {
     Structure structure;
     int64_t first, count;
-    int64_t latest;    // the largest step count among its parameters
-    py::object state;  // a GroupState on the GPU, or None: steps are counted here
-    void* state_memory;
+    int64_t latest;            // the largest step count among its parameters
+    py::object state_object;   // keeps `state`
+    GroupState<Hyper>* state;  // on the GPU; null: steps are counted here
 };
 
 // An item of a list or tuple, owned: another thread may change the list.
@@ -166,13 +168,13 @@ public:
                    const py::list& suffixes, const py::object& group_state) {
         const std::lock_guard<Optimizer> lock(*this);
         const size_t before = parameters_.size();
-        void* group_memory = nullptr;
+        GroupState<Hyper>* state_on_gpu = nullptr;
         call_.clear();
         try {
             for (size_t i = 0; i < params.size(); ++i) add_parameter(params, keys, state, suffixes, i);
             find_owned();
             check_overlaps(owned_);
-            group_memory = on_gpu(group_state, before);
+            state_on_gpu = on_gpu(group_state, before);
         } catch (...) {
             parameters_.erase(parameters_.begin() + before, parameters_.end());
             find_owned();
@@ -183,7 +185,7 @@ public:
                            : structure == "list" ? Structure::list
                                                  : Structure::dict,
                            static_cast<int64_t>(before), static_cast<int64_t>(params.size()), 0, group_state,
-                           group_memory});
+                           state_on_gpu});
         find_latest();
     }
 
@@ -213,7 +215,7 @@ public:
         }
         hold_dicts(param_groups, prepared);
         for (size_t g = 0; g < prepared.dicts.size(); ++g) {
-            if (groups_[g].state_memory != nullptr) {
+            if (groups_[g].state != nullptr) {
                 prepared.sources[g].step = 0;
                 prepared.sources[g].lr_on_gpu = is_lr_on_gpu(prepared.dicts[g]);
             }
@@ -332,7 +334,7 @@ private:
     }
 
     void find_latest() {
-        for (Group& group : groups_) group.latest = 0;
+        for (Group<Hyper>& group : groups_) group.latest = 0;
         for (const Parameter& parameter : parameters_) {
             int64_t& latest = groups_[parameter.group].latest;
             latest = std::max(latest, parameter.step);
@@ -359,14 +361,14 @@ private:
         stepped_.clear();
         for (size_t g = 0; g < prepared.hypers.size(); ++g) {
             call_.next_hyper();
-            const Group& group = groups_[g];
+            const Group<Hyper>& group = groups_[g];
             for (int64_t i = group.first; i < group.first + group.count; ++i) {
                 if (!prepared.gradients[i].is_none())
                     add_gradient(i, prepared.gradients[i], prepared.hypers[g]);
-                else if (group.state_memory != nullptr)
+                else if (group.state != nullptr)
                     throw_no_gradient(parameters_[i]);
             }
-            if (group.state_memory != nullptr) add_group_on_gpu(group, prepared, g);
+            if (group.state != nullptr) add_group_on_gpu(group, prepared, g);
         }
         call_.run();
         for (const int64_t i : stepped_) {
@@ -375,19 +377,19 @@ private:
         }
     }
 
-    static GroupState<Hyper>* state_of(const Group& group) {
-        return static_cast<GroupState<Hyper>*>(group.state_memory);
-    }
-
-    // The memory of a group's state; loads the kernels that its steps need, so that they can be captured.
-    void* on_gpu(const py::object& group_state, size_t first) {
+    // Prepares the parameters from `first` on for steps that are counted on the GPU, and returns where.
+    GroupState<Hyper>* on_gpu(const py::object& group_state, size_t first) {
         if (group_state.is_none()) return nullptr;
         const ArrayView view = view_array(group_state, {"the group's state"}, call_.gpu_arrays);
+        auto* const state = reinterpret_cast<GroupState<Hyper>*>(view.data);
         for (size_t i = first; i < parameters_.size(); ++i) {
-            const Parameter& parameter = parameters_[i];
+            Parameter& parameter = parameters_[i];
+            const bool single = parameter.view.dtype == DType::float32;
+            parameter.scalars_on_gpu =
+                single ? static_cast<const void*>(&state->float32) : static_cast<const void*>(&state->float64);
             call_.gpu_arrays.backend().load(parameter.rule, parameter.view.dtype, view.device);
         }
-        return view.data;
+        return state;
     }
 
     static bool is_lr_on_gpu(py::handle dict) {
@@ -396,8 +398,8 @@ private:
                (is_cupy_array(lr) || py::hasattr(lr, "__cuda_array_interface__"));
     }
 
-    void add_group_on_gpu(const Group& group, const Preparation& prepared, size_t g) {
-        GroupOnGpu<Hyper> on_gpu{state_of(group), nullptr, DType::float64, prepared.hypers[g]};
+    void add_group_on_gpu(const Group<Hyper>& group, const Preparation& prepared, size_t g) {
+        GroupOnGpu<Hyper> on_gpu{group.state, nullptr, DType::float64, prepared.hypers[g]};
         if (prepared.sources[g].lr_on_gpu) {
             const std::string& prefix = prepared.sources[g].prefix;
             const py::object lr = prepared.dicts[g][keys().lr];
@@ -437,7 +439,7 @@ private:
         }
     }
 
-    Hyper read_group(py::handle dict, const Group& group, double scale, const HyperSource& source) const {
+    Hyper read_group(py::handle dict, const Group<Hyper>& group, double scale, const HyperSource& source) const {
         Hyper hyper = Family<Hyper>::read(dict, parameters_[group.first].rule, source);
         if constexpr (std::is_same_v<Hyper, AdamHyper>) hyper.decoupled = decoupled_;
         hyper.grad_scale = scale;
@@ -467,7 +469,7 @@ private:
     }
 
     // A step updates the arrays that the optimizer was made with; exchanging one in the dict must not go unseen.
-    void check_same_params(py::handle dict, const Group& group, size_t g) const {
+    void check_same_params(py::handle dict, const Group<Hyper>& group, size_t g) const {
         PyObject* const params = PyDict_GetItemWithError(dict.ptr(), keys().params.ptr());
         bool same = params != nullptr && PyList_Check(params) && PyList_GET_SIZE(params) == group.count;
         for (int64_t i = 0; same && i < group.count; ++i) {
@@ -480,7 +482,7 @@ private:
         }
     }
 
-    void gather_group(const Group& group, py::handle grads, const char* where,
+    void gather_group(const Group<Hyper>& group, py::handle grads, const char* where,
                       std::vector<py::object>& gathered) const {
         if (group.structure == Structure::array) {
             gathered.push_back(py::reinterpret_borrow<py::object>(grads));
@@ -499,7 +501,8 @@ private:
         }
     }
 
-    void gather_dict(const Group& group, py::handle grads, const char* where, std::vector<py::object>& gathered) const {
+    void gather_dict(const Group<Hyper>& group, py::handle grads, const char* where,
+                     std::vector<py::object>& gathered) const {
         if (!PyDict_Check(grads.ptr())) {
             throw py::type_error(std::string(where) +
                                  ": expected a dict of arrays by name, as the parameters are, got " +
@@ -538,13 +541,9 @@ private:
         } else {
             tensor = checked_tensor(parameter, gradient);
         }
-        const Group& group = groups_[parameter.group];
-        if (group.state_memory == nullptr)
-            tensor.scalars = call_.scalars_of(hyper, parameter.step + 1, parameter.view.dtype);
-        else if (parameter.view.dtype == DType::float32)
-            tensor.scalars = &state_of(group)->float32;
-        else
-            tensor.scalars = &state_of(group)->float64;
+        tensor.scalars = parameter.scalars_on_gpu != nullptr
+                             ? parameter.scalars_on_gpu
+                             : call_.scalars_of(hyper, parameter.step + 1, parameter.view.dtype);
         call_.add(parameter.rule, parameter.view.dtype, tensor);
         stepped_.push_back(i);
     }
@@ -655,7 +654,7 @@ private:
     std::atomic<std::thread::id> owner_{};
     // Deques, so that what a step has a reference to stays where it is when a group is added.
     std::deque<Parameter> parameters_;
-    std::deque<Group> groups_;
+    std::deque<Group<Hyper>> groups_;
     std::vector<Extent> owned_;  // all that a step may write, by address
     bool owned_dense_ = true;
     std::unique_ptr<const CupyReader> cupy_reader_;
