@@ -316,7 +316,7 @@ def available_peers(report: Callable[[str, str], None]) -> list[Any]:
             continue
         try:
             for rule in peer.rules:
-                _check(peer, rule)
+                check(peer, rule)
         except Exception as error:
             report(peer_class.name, f"WRONG, not timed ({error})")
             continue
@@ -325,7 +325,7 @@ def available_peers(report: Callable[[str, str], None]) -> list[Any]:
     return peers
 
 
-def _check(peer: Any, rule: str) -> None:
+def check(peer: Any, rule: str) -> None:
     """Hold three steps of a peer against the reference."""
     rng = np.random.default_rng(2)
     shapes = ((1003,), (7, 9))

@@ -27,6 +27,7 @@ COLORS = dict(
         strict=True,
     )
 )
+COLORS["CuPy"] = COLORS["NumPy"]
 
 
 def draw(record: dict[str, Any], folder: Path, stem: str) -> list[Path]:
@@ -43,7 +44,7 @@ def draw(record: dict[str, Any], folder: Path, stem: str) -> list[Path]:
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         painter(figure.subplots(), record)
         figure.suptitle(
-            f"float32 Adam, {record['cpu']}, {record['threads']} threads, {record['isa']}",
+            f"float32 Adam, {machine_of(record)}",
             fontsize=9,
         )
         paths.append(folder / f"{stem}-{name}.png")
@@ -51,11 +52,19 @@ def draw(record: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     return paths
 
 
-def series(record: dict[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
+def machine_of(record: dict[str, Any]) -> str:
+    if "gpu" in record:
+        return f"{record['gpu']}, CUDA {record['toolkit']}"
+    return f"{record['cpu']}, {record['threads']} threads, {record['isa']}"
+
+
+def series(
+    record: dict[str, Any], timings: str = "timings"
+) -> dict[str, tuple[list[int], list[float]]]:
     """Return sizes and medians of each contender over the sweep."""
     lines: dict[str, tuple[list[int], list[float]]] = {}
     for case in record["sweep"]:
-        for name, timing in case["timings"].items():
+        for name, timing in case[timings].items():
             if name != ROOF:
                 sizes, medians = lines.setdefault(name, ([], []))
                 sizes.append(case["elements"])
@@ -74,14 +83,16 @@ def style(name: str) -> dict[str, Any]:
 
 
 def draw_bandwidth(axes: Any, record: dict[str, Any]) -> None:
-    for name, (sizes, medians) in series(record).items():
+    # On a GPU, of steps in a row; otherwise small sizes show the latency of waiting for the GPU.
+    timings = "gpu_timings" if "gpu" in record else "timings"
+    for name, (sizes, medians) in series(record, timings).items():
         axes.loglog(
             sizes, [28e-9 * n / t for n, t in zip(sizes, medians, strict=True)], **style(name)
         )
     roofs = [case for case in record["cases"] if case["rule"] == "adam" and ROOF in case["timings"]]
     if roofs:
         largest = max(roofs, key=lambda case: case["elements"])
-        roof = largest["bytes"] / largest["timings"][ROOF]["median"] / 1e9
+        roof = largest["bytes"] / largest[timings][ROOF]["median"] / 1e9
         axes.axhline(
             roof, color="0.3", linestyle="--", linewidth=1, label=f"memory roof {roof:.0f} GB/s"
         )

@@ -50,6 +50,9 @@ QUIET = 0.1  # processors that others may use before a figure counts as disturbe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer sizes, none above a million")
     parser.add_argument("--threads", type=int, metavar="N", help="for every contender")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="only these (default: all)")
@@ -67,6 +70,8 @@ def main(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(stderr=True)
+    if args.device == "cuda":
+        return main_cuda(args, console.print)
     if args.threads is not None:
         fs.set_num_threads(args.threads)
     record: dict[str, Any] = {"date": datetime.date.today().isoformat(), **machine.describe()}
@@ -100,19 +105,37 @@ def main(args: argparse.Namespace) -> int:
         if 1 << power <= limit and fits(one_array(1 << power), peers, console.print)
     ]
     record["requirements"] = requirements(record)
+    write(record, args.output, "cpu")
+    return 0
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    slug = "-".join("".join(c if c.isalnum() else " " for c in record["cpu"].lower()).split())
-    stem = f"cpu-{slug}-{record['date']}"
-    path = args.output / f"{stem}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
+def main_cuda(args: argparse.Namespace, say: Callable[..., None]) -> int:
+    from . import cuda
+
+    try:
+        import cupy
+
+        cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # CuPy or the driver is missing, or they do not fit each other
+        say(f"bench --device cuda needs CuPy and a GPU: {type(error).__name__}: {error}")
+        return 1
+    record = cuda.run(cupy, cuda.Clock(cupy), args.quick, args.peers, say)
+    write(record, args.output, "gpu")
+    return 0
+
+
+def write(record: dict[str, Any], folder: Path, kind: str) -> None:
+    """Write a record and its pictures, and print what was required."""
     from . import plot
 
-    pictures = plot.draw(record, args.output, stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = "-".join("".join(c if c.isalnum() else " " for c in record[kind].lower()).split())
+    stem = f"{kind}-{slug}-{record['date']}"
+    path = folder / f"{stem}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    pictures = plot.draw(record, folder, stem)
     print_requirements(record["requirements"])
     print("\n".join(f"wrote {file}" for file in (path, *pictures)))
-    return 0
 
 
 def roofline(workload: Workload) -> Callable[[], object] | None:

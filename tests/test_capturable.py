@@ -1,7 +1,6 @@
-"""Steps counted on the GPU, run on the host: the bits of steps that the CPU counts, replay after replay."""
+"""Steps that are counted on the GPU, run on the host: the bits of those that the CPU counts."""
 
 import copy
-import io
 import pickle
 import re
 

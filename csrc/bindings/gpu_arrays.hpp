@@ -49,6 +49,7 @@ private:
 class GpuArrays {
 public:
     void clear();
+    bool in_use() const { return backend_ != nullptr; }
 
     // Whether the object is an array on a GPU; then `view` describes it.
     bool view(py::handle object, const ArrayName& name, ArrayView& view);

@@ -143,13 +143,14 @@ struct alignas(64) Watch {
 };
 static_assert(sizeof(Watch) == 64);
 
+template <class Hyper>
 struct Group {
     Structure structure;
     int64_t first, count;
     std::vector<PyObject*> arrays;  // of its parameters
     int64_t latest;                 // the largest step count among its parameters
-    py::object state;               // a GroupState on the GPU, or None: steps are counted here
-    void* state_memory;
+    py::object state_object;        // keeps `state`
+    GroupState<Hyper>* state;       // on the GPU; null: steps are counted here
 };
 
 // An item of a list or tuple, owned: another thread may change the list.
@@ -197,7 +198,7 @@ public:
         const std::lock_guard<Optimizer> lock(*this);
         const size_t before = parameters_.size();
         std::vector<PyObject*> arrays;
-        void* group_memory = nullptr;
+        GroupState<Hyper>* state_on_gpu = nullptr;
         call_.clear();
         try {
             for (size_t i = 0; i < params.size(); ++i) {
@@ -206,7 +207,7 @@ public:
             }
             find_owned();
             check_overlaps(owned_);
-            group_memory = on_gpu(group_state, before);
+            state_on_gpu = on_gpu(group_state, before);
         } catch (...) {
             parameters_.erase(parameters_.begin() + before, parameters_.end());
             watches_.resize(before);
@@ -220,7 +221,7 @@ public:
                            : structure == "list" ? Structure::list
                                                  : Structure::dict,
                            static_cast<int64_t>(before), static_cast<int64_t>(params.size()), std::move(arrays), 0,
-                           group_state, group_memory});
+                           group_state, state_on_gpu});
         find_latest();
     }
 
@@ -250,7 +251,7 @@ public:
         }
         hold_dicts(param_groups, prepared);
         for (size_t g = 0; g < prepared.dicts.size(); ++g) {
-            if (groups_[g].state_memory != nullptr) {
+            if (groups_[g].state != nullptr) {
                 prepared.sources[g].step = 0;
                 prepared.sources[g].lr_on_gpu = is_lr_on_gpu(prepared.dicts[g]);
             }
@@ -385,7 +386,7 @@ private:
     }
 
     void find_latest() {
-        for (Group& group : groups_) {
+        for (Group<Hyper>& group : groups_) {
             group.latest = *std::max_element(steps_.begin() + group.first, steps_.begin() + group.first + group.count);
         }
     }
@@ -409,7 +410,7 @@ private:
         call_.clear();
         for (size_t g = 0; g < prepared.hypers.size(); ++g) {
             call_.next_hyper();
-            const Group& group = groups_[g];
+            const Group<Hyper>& group = groups_[g];
             const int64_t end = group.first + group.count;
             for (int64_t i = group.first; i < end; ++i) {
                 if (i + 16 < end) {
@@ -421,33 +422,30 @@ private:
                 }
                 if (!prepared.gradients[i].is_none())
                     add_gradient(i, prepared.gradients[i], prepared.hypers[g], group);
-                else if (group.state_memory != nullptr)
+                else if (group.state != nullptr)
                     throw_no_gradient(parameters_[i]);
             }
-            if (group.state_memory != nullptr) add_group_on_gpu(group, prepared, g);
+            if (group.state != nullptr) add_group_on_gpu(group, prepared, g);
         }
         call_.run();
         for (size_t g = 0; g < prepared.hypers.size(); ++g) {
-            Group& group = groups_[g];
+            Group<Hyper>& group = groups_[g];
             for (int64_t i = group.first; i < group.first + group.count; ++i) {
                 if (!prepared.gradients[i].is_none()) group.latest = std::max(group.latest, ++steps_[i]);
             }
         }
     }
 
-    static GroupState<Hyper>* state_of(const Group& group) {
-        return static_cast<GroupState<Hyper>*>(group.state_memory);
-    }
-
-    // The memory of a group's state; loads the kernels that its steps need, so that they can be captured.
-    void* on_gpu(const py::object& group_state, size_t first) {
+    // Prepares the parameters from `first` on for steps that are counted on the GPU, and returns where.
+    GroupState<Hyper>* on_gpu(const py::object& group_state, size_t first) {
         if (group_state.is_none()) return nullptr;
         const ArrayView view = view_array(group_state, {"the group's state"}, call_.gpu_arrays);
+        auto* const state = reinterpret_cast<GroupState<Hyper>*>(view.data);
         for (size_t i = first; i < parameters_.size(); ++i) {
             const Parameter& parameter = parameters_[i];
             call_.gpu_arrays.backend().load(parameter.rule, parameter.view.dtype, view.device);
         }
-        return view.data;
+        return state;
     }
 
     static bool is_lr_on_gpu(py::handle dict) {
@@ -456,8 +454,8 @@ private:
                (is_cupy_array(lr) || py::hasattr(lr, "__cuda_array_interface__"));
     }
 
-    void add_group_on_gpu(const Group& group, const Preparation& prepared, size_t g) {
-        GroupOnGpu<Hyper> on_gpu{state_of(group), nullptr, DType::float64, prepared.hypers[g]};
+    void add_group_on_gpu(const Group<Hyper>& group, const Preparation& prepared, size_t g) {
+        GroupOnGpu<Hyper> on_gpu{group.state, nullptr, DType::float64, prepared.hypers[g]};
         if (prepared.sources[g].lr_on_gpu) {
             const std::string& prefix = prepared.sources[g].prefix;
             const py::object lr = prepared.dicts[g][keys().lr];
@@ -497,7 +495,7 @@ private:
         }
     }
 
-    Hyper read_group(py::handle dict, const Group& group, double scale, const HyperSource& source) const {
+    Hyper read_group(py::handle dict, const Group<Hyper>& group, double scale, const HyperSource& source) const {
         Hyper hyper = Family<Hyper>::read(dict, parameters_[group.first].rule, source);
         if constexpr (std::is_same_v<Hyper, AdamHyper>) hyper.decoupled = decoupled_;
         hyper.grad_scale = scale;
@@ -527,7 +525,7 @@ private:
     }
 
     // A step updates the arrays that the optimizer was made with; exchanging one in the dict must not go unseen.
-    void check_same_params(py::handle dict, const Group& group, size_t g) const {
+    void check_same_params(py::handle dict, const Group<Hyper>& group, size_t g) const {
         PyObject* const params = PyDict_GetItemWithError(dict.ptr(), keys().params.ptr());
         bool same = params != nullptr && PyList_Check(params) && PyList_GET_SIZE(params) == group.count;
         for (int64_t i = 0; same && i < group.count; ++i) same = PyList_GET_ITEM(params, i) == group.arrays[i];
@@ -538,7 +536,7 @@ private:
         }
     }
 
-    void gather_group(const Group& group, py::handle grads, const char* where,
+    void gather_group(const Group<Hyper>& group, py::handle grads, const char* where,
                       std::vector<py::object>& gathered) const {
         if (group.structure == Structure::array) {
             gathered.push_back(py::reinterpret_borrow<py::object>(grads));
@@ -557,7 +555,8 @@ private:
         }
     }
 
-    void gather_dict(const Group& group, py::handle grads, const char* where, std::vector<py::object>& gathered) const {
+    void gather_dict(const Group<Hyper>& group, py::handle grads, const char* where,
+                     std::vector<py::object>& gathered) const {
         if (!PyDict_Check(grads.ptr())) {
             throw py::type_error(std::string(where) +
                                  ": expected a dict of arrays by name, as the parameters are, got " +
@@ -586,10 +585,10 @@ private:
         }
     }
 
-    void add_gradient(int64_t i, py::handle gradient, const Hyper& hyper, const Group& group) {
+    void add_gradient(int64_t i, py::handle gradient, const Hyper& hyper, const Group<Hyper>& group) {
         const Watch& watch = watches_[i];
-        const void* const scalars = group.state_memory == nullptr ? call_.scalars_of(hyper, steps_[i] + 1, watch.dtype)
-                                                                  : scalars_on_gpu(group, watch.dtype);
+        const void* const scalars = group.state == nullptr ? call_.scalars_of(hyper, steps_[i] + 1, watch.dtype)
+                                                           : scalars_on_gpu(group, watch.dtype);
         if (is_as_before(watch, gradient)) {
             Tensor& tensor = call_.add(watch.rule, watch.dtype, tensors_[i]);
             tensor.streams[1] = py::detail::array_proxy(gradient.ptr())->data;
@@ -603,9 +602,9 @@ private:
         }
     }
 
-    static const void* scalars_on_gpu(const Group& group, DType dtype) {
-        if (dtype == DType::float32) return &state_of(group)->float32;
-        return &state_of(group)->float64;
+    static const void* scalars_on_gpu(const Group<Hyper>& group, DType dtype) {
+        if (dtype == DType::float32) return &group.state->float32;
+        return &group.state->float64;
     }
 
     // The usual case, quickly: the parameter is as it was when it was checked, the gradient is a C-contiguous
@@ -714,7 +713,7 @@ private:
     std::atomic<std::thread::id> owner_{};
     // Deques, so that what a step has a reference to stays where it is when a group is added.
     std::deque<Parameter> parameters_;
-    std::deque<Group> groups_;
+    std::deque<Group<Hyper>> groups_;
 
     // Of each parameter, each in one run of memory for the usual step. The gradient's place in a tensor is to be
     // filled in, and is all that is missing when the gradient is contiguous in the same order as the other arrays.

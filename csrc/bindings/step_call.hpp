@@ -26,12 +26,10 @@ public:
     Placement placement;
 
     void clear() {
-        gpu_arrays.clear();
+        if (gpu_arrays.in_use()) clear_gpu();
         placement.clear();
         layouts.clear();
         extents.clear();
-        groups<GdHyper>().clear();
-        groups<AdamHyper>().clear();
         scalars_used_ = 0;
         known_[0] = known_[1] = {};
         for (auto& row : work_) {
@@ -121,6 +119,12 @@ private:
                           static_cast<int64_t>(work.tensors.size()), false});
             }
         }
+    }
+
+    [[gnu::noinline]] void clear_gpu() {
+        gpu_arrays.clear();
+        groups<GdHyper>().clear();
+        groups<AdamHyper>().clear();
     }
 
     [[gnu::noinline]] void run_on_gpu() const {

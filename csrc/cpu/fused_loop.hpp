@@ -69,10 +69,10 @@ private:
             encode_four<0>(std::get<0>(std::tie(accesses...)), i, values);
         }
         for (int i = 0; i < block_elements; i += 4 * V::lanes) {
-            ((Accesses::blockwise ? accesses.encode(i, {V::load(state[k] + i), V::load(state[k] + i + V::lanes),
-                                                        V::load(state[k] + i + 2 * V::lanes),
-                                                        V::load(state[k] + i + 3 * V::lanes)})
-                                  : void()),
+            ((Accesses::blockwise
+                  ? accesses.encode(i, {V::load(state[k] + i), V::load(state[k] + i + V::lanes),
+                                        V::load(state[k] + i + 2 * V::lanes), V::load(state[k] + i + 3 * V::lanes)})
+                  : void()),
              ...);
         }
     }

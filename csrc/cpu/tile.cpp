@@ -62,8 +62,8 @@ void move_words(Walker& walker, char* strided, char* dense, int64_t count) {
 }
 
 template <bool gather>
-void move_items(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, int64_t begin, void* strided, void* dense,
-                int item, int64_t count) {
+void move_items(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, int64_t begin, void* strided,
+                void* dense, int item, int64_t count) {
     Walker walker(shape, strides, begin);
     auto* const from = static_cast<char*>(strided);
     auto* const to = static_cast<char*>(dense);
@@ -113,14 +113,17 @@ public:
             return values;
         }
         move_items<true>(layout_->shape, layout_->strides[k_], begin, stream_.items, buffer.items, item_, n);
-        if (extra_ != 0) move_items<true>(layout_->shape, layout_->extra_strides[k_], begin, stream_.extras, buffer.extras, extra_, n);
+        if (extra_ != 0)
+            move_items<true>(layout_->shape, layout_->extra_strides[k_], begin, stream_.extras, buffer.extras, extra_,
+                             n);
         codec.decode({buffer.items, buffer.extras}, 0, n, values);
         return values;
     }
 
     void store(const KernelTable& kernels, int64_t begin, int64_t n, Buffer& buffer) const {
         if (format_ == Format::native) {
-            if (layout_ != nullptr) move_items<false>(layout_->shape, layout_->strides[k_], begin, stream_.items, buffer.values, item_, n);
+            if (layout_ != nullptr)
+                move_items<false>(layout_->shape, layout_->strides[k_], begin, stream_.items, buffer.values, item_, n);
             return;
         }
         auto* const values = reinterpret_cast<float*>(buffer.values);
@@ -131,7 +134,9 @@ public:
         }
         codec.encode({buffer.items, buffer.extras}, 0, n, begin / block_elements, random_, values);
         move_items<false>(layout_->shape, layout_->strides[k_], begin, stream_.items, buffer.items, item_, n);
-        if (extra_ != 0) move_items<false>(layout_->shape, layout_->extra_strides[k_], begin, stream_.extras, buffer.extras, extra_, n);
+        if (extra_ != 0)
+            move_items<false>(layout_->shape, layout_->extra_strides[k_], begin, stream_.extras, buffer.extras, extra_,
+                              n);
     }
 
 private:
@@ -147,7 +152,8 @@ const FusedStep* find_fused(const KernelTable& kernels, const Job& job, const Te
     if (tensor.layout != nullptr || tensor.storage == nullptr) return nullptr;
     for (int i = 0; i < kernels.fused_count; ++i) {
         const FusedStep& fused = kernels.fused[i];
-        if (fused.rule == job.rule && std::equal(fused.formats, fused.formats + max_streams, tensor.storage->formats.begin())) {
+        if (fused.rule == job.rule &&
+            std::equal(fused.formats, fused.formats + max_streams, tensor.storage->formats.begin())) {
             return &fused;
         }
     }
@@ -168,8 +174,8 @@ void tiled_step(const KernelTable& kernels, const Job& job, const Tensor& tensor
         count -= whole;
     }
     const StepKernel kernel = kernels.step[job.rule][static_cast<int>(job.dtype)];
-    const TiledStream streams[max_streams] = {{job, tensor, 0}, {job, tensor, 1}, {job, tensor, 2},
-                                              {job, tensor, 3}, {job, tensor, 4}};
+    const TiledStream streams[max_streams] = {
+        {job, tensor, 0}, {job, tensor, 1}, {job, tensor, 2}, {job, tensor, 3}, {job, tensor, 4}};
     Buffer buffers[max_streams];
     void* values[max_streams];
     for (const int64_t end = begin + count; begin < end; begin += tile_elements) {

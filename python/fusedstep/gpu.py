@@ -1,4 +1,4 @@
-"""What a GPU array's own library does for an optimizer: new state, and copies to and from the host."""
+"""What a GPU array's own library does for an optimizer: new state, copies from and to the host."""
 
 from __future__ import annotations
 

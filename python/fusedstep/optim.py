@@ -113,8 +113,8 @@ class Optimizer:
         for name, value in added.items():
             if self.capturable and callable(value):
                 raise TypeError(
-                    f"param_groups[{number}]: {name}: a callable needs the number of the step, which "
-                    "capturable=True keeps on the GPU; pass a number, or lr as a GPU array"
+                    f"param_groups[{number}]: {name}: a callable needs the number of the step, "
+                    "which capturable=True keeps on the GPU; pass a number, or lr as a GPU array"
                 )
         self._native.check_group(added, number, len(keys), self.capturable)
         suffixes = _suffixes(structure, names, f"[{number}]" if self._grads_by_group else "")
@@ -170,14 +170,14 @@ class Optimizer:
     def _steps(self) -> list[int]:
         """Return each parameter's step count, from the GPU where it is counted there."""
         if not self.capturable:
-            return self._native.steps
+            return list(self._native.steps)
         steps = []
         for group, counter in zip(self.param_groups, self._counters, strict=True):
             steps += [int(gpu.to_host(counter[:1])[0])] * len(group["params"])
         return steps
 
     def _set_steps(self, steps: list[int]) -> None:
-        """Set each parameter's step count; those of a group that is counted on the GPU are equal."""
+        """Set each parameter's step count; within a group that the GPU counts they are equal."""
         if not self.capturable:
             self._native.steps = steps
             return

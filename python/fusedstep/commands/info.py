@@ -87,12 +87,40 @@ def _cuda_state() -> str:
         return "not built: this build has CPU kernels only"
     except ImportError as error:
         return f"does not load: {error}"
-    info = cuda.info()
-    built = f"built with CUDA {info['toolkit']} for {info['architectures']}"
+    return describe_cuda(cuda.info())
+
+
+def describe_cuda(info: dict[str, Any]) -> str:
+    """Return one line about the backend: toolkit, code, driver, and what each GPU runs."""
+    architectures = info["architectures"].split()
+    built = f"built with CUDA {info['toolkit']} for {', '.join(architectures)}"
+    driver = f"driver for CUDA {info['driver']}"
     if info["error"] is not None:
-        return f"{built}; {info['error']}"
-    devices = ", ".join(f"{d['name']} ({d['compute_capability']})" for d in info["devices"])
-    return f"{built}; driver for CUDA {info['driver']}; {devices}"
+        return f"unavailable; {built}; {driver}; {info['error']}"
+    devices = "; ".join(
+        f"{d['name']}, compute capability {d['compute_capability']}, "
+        f"runs {code_for(d['compute_capability'], architectures)}"
+        for d in info["devices"]
+    )
+    return f"available; {built}; {driver}; {devices}"
+
+
+def code_for(capability: str, architectures: list[str]) -> str:
+    """Return which of a build's code a GPU runs.
+
+    Machine code ("90-real") runs on GPUs of its generation that are no older; PTX ("90-virtual") is
+    compiled by the driver for any that is no older; "90" is both.
+    """
+    major, minor = map(int, capability.split("."))
+    fitting = []
+    for architecture in architectures:
+        number, _, kind = architecture.partition("-")
+        own = divmod(int(number), 10)
+        if kind != "virtual" and own[0] == major and own[1] <= minor:
+            fitting.append((1, own, f"machine code for {number}"))
+        if kind != "real" and own <= (major, minor):
+            fitting.append((0, own, f"PTX for {number}, compiled at first use"))
+    return max(fitting)[2] if fitting else "nothing: this build has no code for it"
 
 
 def _version(distribution: str) -> str | None:

@@ -1,0 +1,123 @@
+"""The GPU benchmark, with NumPy in CuPy's place: it runs to its end and judges what it measured."""
+
+import json
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+cuda = pytest.importorskip("fusedstep.bench.cuda")
+
+
+class Event:
+    def record(self):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+
+class Device:
+    id = 0
+    compute_capability = "90"
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    backend = SimpleNamespace(info=lambda: {"driver": "13.0", "toolkit": "13.0"})
+    monkeypatch.setitem(sys.modules, "fusedstep._cuda", backend)
+    monkeypatch.setattr(cuda, "COPY_BYTES", 1 << 16)
+    pool = SimpleNamespace(free_bytes=lambda: 0, free_all_blocks=lambda: None)
+    properties = {"name": b"No GPU", "totalGlobalMem": 1 << 30, "l2CacheSize": 1 << 20}
+    runtime = SimpleNamespace(
+        memGetInfo=lambda: (1 << 30, 1 << 30), getDeviceProperties=lambda device: properties
+    )
+    return SimpleNamespace(
+        **{name: getattr(np, name) for name in ("asarray", "zeros", "ones", "sqrt", "copyto")},
+        zeros_like=np.zeros_like,
+        asnumpy=np.array,
+        float32=np.float32,
+        random=np.random,
+        __version__="0",
+        get_default_memory_pool=lambda: pool,
+        cuda=SimpleNamespace(
+            Event=Event,
+            Device=Device,
+            runtime=runtime,
+            get_elapsed_time=lambda begin, end: (end.time - begin.time) * 1e3,
+        ),
+    )
+
+
+def test_a_quick_run(cupy, monkeypatch, tmp_path):
+    from fusedstep.bench.run import write
+
+    small = cuda.Workload(cuda.GPT2_SMALL.name, ((3, 4),) * 148)
+    monkeypatch.setattr(
+        cuda,
+        "CASES",
+        tuple(
+            (small if workload is cuda.GPT2_SMALL else workload, wanted)
+            for workload, wanted in cuda.CASES
+        ),
+    )
+    monkeypatch.setattr(cuda, "GPT2_SMALL", small)
+    record = cuda.run(cupy, cuda.Clock(cupy), True, ["CuPy"], lambda *_, **__: None)
+    assert record["peers"]["fusedstep"] == record["peers"]["CuPy"] == "ok"
+    assert record["gpu"] == "No GPU"
+    for case in record["cases"] + record["sweep"]:
+        for timings in ("timings", "gpu_timings", "python_timings"):
+            assert set(case[timings]) == {"fusedstep", "CuPy"}
+            assert all(t["median"] > 0 for t in case[timings].values())
+    rows = {(row["case"], row["claim"]): row for row in record["requirements"]}
+    cost = rows[small.name, "fusedstep, microseconds until the call returns"]
+    assert cost["met"] == (cost["measured"] <= 25)
+    large = rows["adam float32 1,000,000,000", "fusedstep, times as fast as device copy (gpu)"]
+    assert large["measured"] is None
+    write(record, tmp_path, "gpu")
+    assert len(list(tmp_path.glob("gpu-no-gpu-*.png"))) == 3
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["requirements"]
+
+
+def test_requirements_are_ratios_of_medians():
+    def case(name, **medians):
+        timings = {contender: {"median": t} for contender, t in medians.items()}
+        return {"name": name, "timings": timings, "gpu_timings": timings, "python_timings": timings}
+
+    record = {
+        "cases": [
+            case(
+                "adam float32 1,000,000,000",
+                **{"fusedstep": 1.0, "torch fused": 1.06, "CuPy": 0.9, "roofline": 0.93},
+            )
+        ]
+    }
+    rows = {row["claim"]: row for row in cuda.requirements_of(record) if row["measured"]}
+    assert rows["fusedstep, times as fast as torch fused (gpu)"]["met"]
+    assert rows["fusedstep, times as fast as device copy (gpu)"]["met"]
+    best = rows["fusedstep, times as fast as best peer (gpu)"]
+    assert best["measured"] == pytest.approx(0.9)
+    assert not best["met"]
+
+
+def test_a_case_for_which_the_gpu_is_too_small_is_skipped(cupy):
+    said = []
+    workload = cuda.one_array(1_000_000_000)
+    assert cuda.run_case(cupy, cuda.Clock(cupy), workload, [], said.append) is None
+    assert "skipped" in said[0]
+
+
+def test_the_odd_tensor_is_odd_and_off_the_boundary(cupy, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        cuda.fs, "adam_step", lambda p, *rest, **options: seen.update(size=p.size, base=p.base.size)
+    )
+    cuda.odd_offset(cupy, 1000)()
+    assert seen == {"size": 1001, "base": 1002}
