@@ -78,7 +78,6 @@ def torch_tensor(array):
 
 # what is made of a good array, the error, what the message says
 BAD_TYPES = {
-    "float16": (lambda a: a.astype(np.float16), TypeError, "float16"),
     "int32": (lambda a: a.astype(np.int32), TypeError, "int32"),
     "complex": (lambda a: a.astype(np.complex64), TypeError, "complex64"),
     "object": (lambda a: a.astype(object), TypeError, "object"),

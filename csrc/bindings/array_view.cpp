@@ -1,13 +1,15 @@
 #include "array_view.hpp"
 
+#include <utility>
+
 #include "gpu_arrays.hpp"
 
 namespace fusedstep {
 namespace {
 
 // NumPy's type numbers, fixed by its ABI.
-constexpr int numpy_float32 = 11;
-constexpr int numpy_float64 = 12;
+constexpr std::pair<int, DType> numpy_types[] = {{1, DType::int8},     {2, DType::uint8},    {4, DType::uint16},
+                                                 {11, DType::float32}, {12, DType::float64}, {23, DType::float16}};
 
 struct Descriptors {
     PyObject* float32 = py::dtype::of<float>().release().ptr();
@@ -73,11 +75,17 @@ std::string type_name(py::handle object) {
 
 bool read_dtype(PyObject* descriptor, DType& dtype) {
     if (read_usual_dtype(descriptor, dtype)) return true;
-    const auto* proxy = py::detail::array_descriptor1_proxy(descriptor);
-    const int number = proxy->type_num;
-    dtype = number == numpy_float32 ? DType::float32 : DType::float64;
-    const bool native = py::reinterpret_borrow<py::object>(descriptor).attr("isnative").cast<bool>();
-    return native && (number == numpy_float32 || number == numpy_float64);
+    const auto object = py::reinterpret_borrow<py::object>(descriptor);
+    if (!object.attr("isnative").cast<bool>()) return false;
+    const int number = py::detail::array_descriptor1_proxy(descriptor)->type_num;
+    for (const auto& [known, type] : numpy_types) {
+        if (number != known) continue;
+        dtype = type;
+        return true;
+    }
+    // ml_dtypes has it, under a number that NumPy gave out.
+    dtype = DType::bfloat16;
+    return std::string(py::str(object.attr("name"))) == "bfloat16" && object.attr("itemsize").cast<int>() == 2;
 }
 
 std::string ArrayName::text() const {

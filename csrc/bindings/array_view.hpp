@@ -40,6 +40,7 @@ struct ArrayView {
     bool f_contiguous() const { return (flags & py::detail::npy_api::NPY_ARRAY_F_CONTIGUOUS_) != 0; }
     bool aligned() const { return (flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0; }
     bool writeable() const { return (flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0; }
+    bool is_of_compute_type() const { return known_dtype && dtype == compute_type(dtype); }
     int64_t size() const;
     std::string dtype_text() const;
     std::string shape_text() const;

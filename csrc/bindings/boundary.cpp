@@ -10,28 +10,92 @@ namespace {
 
 constexpr const char* gd_roles[] = {"params", "grads", "momentum_buffer"};
 constexpr const char* adam_roles[] = {"params", "grads", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+constexpr const char* gd_extra_roles[] = {"master", nullptr, "momentum_buffer_units"};
+constexpr const char* adam_extra_roles[] = {"master", nullptr, "exp_avg_units", "exp_avg_sq_units",
+                                            "max_exp_avg_sq_units"};
 
 ArrayName with_role(ArrayName name, const char* role) {
     name.role = role;
     return name;
 }
 
-void check_like_parameter(const ArrayView& view, const ArrayView& parameter, bool is_gradient, const ArrayName& name) {
-    if (!view.known_dtype || view.dtype != parameter.dtype) {
-        const std::string what = name.text(), wanted = fusedstep::name(parameter.dtype);
-        throw py::type_error(what + ": " + view.dtype_text() + ", but its parameter is " + wanted + "; " +
-                             (is_gradient
-                                  ? "pass " + what + ".astype('" + wanted + "')"
-                                  : "allocate it with " + std::string(view.library()) + ".zeros_like(parameter)"));
-    }
+void check_aligned(const ArrayView& view, const ArrayName& name) {
+    if (view.aligned()) return;
+    throw py::value_error(name.text() + ": its elements are not aligned to their size; pass a copy (" + view.library() +
+                          ".array(x))");
+}
+
+void check_like_parameter(const ArrayView& view, const ArrayView& parameter, const ArrayName& name) {
     if (!view.same_shape(parameter)) {
         throw py::value_error(name.text() + ": shape " + view.shape_text() + ", but its parameter has shape " +
                               parameter.shape_text());
     }
-    if (!view.aligned()) {
-        throw py::value_error(name.text() + ": its elements are not aligned to their size; pass a copy (" +
-                              view.library() + ".array(x))");
+    check_aligned(view, name);
+}
+
+[[noreturn]] void refuse_dtype(const ArrayView& view, const ArrayView& parameter, bool is_gradient,
+                               const ArrayName& name) {
+    const std::string what = name.text();
+    const std::string wanted = fusedstep::name(is_gradient ? parameter.dtype : compute_type(parameter.dtype));
+    throw py::type_error(
+        what + ": " + view.dtype_text() + ", but its parameter is " + fusedstep::name(parameter.dtype) + "; " +
+        (is_gradient
+             ? "pass " + what + ".astype('" + wanted + "')"
+             : "allocate it with " + std::string(view.library()) + ".zeros_like(parameter, dtype='" + wanted + "')"));
+}
+
+// Of an array that is like its parameter, a gradient or a state array.
+Format plain_format(const ArrayView& view, const ArrayView& parameter, bool is_gradient, const ArrayName& name) {
+    const DType compute = compute_type(parameter.dtype);
+    if (view.known_dtype && view.dtype == compute) return Format::native;
+    if (view.known_dtype && compute == DType::float32 && view.device == ArrayView::host) {
+        if (view.dtype == DType::bfloat16) return Format::bfloat16;
+        if (view.dtype == DType::float16 && is_gradient) return Format::float16;
     }
+    refuse_dtype(view, parameter, is_gradient, name);
+}
+
+Format parameter_format(const ArrayView& p, const ArrayView* beside, bool stochastic, const ArrayName& name) {
+    const bool narrow = p.known_dtype && (p.dtype == DType::bfloat16 || p.dtype == DType::float16);
+    if (!narrow && !p.is_of_compute_type()) {
+        throw py::type_error(name.text() + ": " + p.dtype_text() +
+                             " parameters are not supported; use float32, float64, bfloat16 or float16 in native byte "
+                             "order");
+    }
+    if (narrow && p.device != ArrayView::host) {
+        throw py::type_error(name.text() + ": " + p.dtype_text() +
+                             " parameters are not supported on a GPU yet; use float32 or float64");
+    }
+    if (p.dtype == DType::float16) return beside == nullptr ? Format::float16 : Format::float16_master;
+    if (p.dtype != DType::bfloat16) return Format::native;
+    if (beside == nullptr) return stochastic ? Format::bfloat16_stochastic : Format::bfloat16;
+    if (beside->dtype == DType::float32) return Format::bfloat16_master;
+    return beside->dtype == DType::uint16 ? Format::bfloat16_correction16 : Format::bfloat16_correction8;
+}
+
+bool is_eight_bit(const ArrayView& view) {
+    return view.known_dtype && (view.dtype == DType::int8 || view.dtype == DType::uint8);
+}
+
+// Codes and the units of their blocks, both vectors.
+void check_eight_bit(const ArrayView& codes, const ArrayView* units, DType wanted, const ArrayView& parameter,
+                     const ArrayName& name, const ArrayName& units_name) {
+    if (codes.dtype != wanted || compute_type(parameter.dtype) != DType::float32) {
+        throw py::type_error(name.text() + ": " + fusedstep::name(codes.dtype) + ", but expected " +
+                             fusedstep::name(wanted) + " beside float32, bfloat16 or float16 parameters");
+    }
+    const int64_t size = parameter.size();
+    if (codes.dimensions != 1 || codes.shape[0] != size || !codes.c_contiguous()) {
+        throw py::value_error(name.text() + ": shape " + codes.shape_text() + ", but expected a vector of " +
+                              std::to_string(size) + " codes");
+    }
+    const int64_t blocks = (size + block_elements - 1) / block_elements;
+    if (units == nullptr || !units->known_dtype || units->dtype != DType::float32 || units->dimensions != 1 ||
+        units->shape[0] != blocks || !units->c_contiguous()) {
+        throw py::value_error(units_name.text() + ": expected a float32 vector of " + std::to_string(blocks) +
+                              ", one for each " + std::to_string(block_elements) + " elements of the parameter");
+    }
+    check_aligned(*units, units_name);
 }
 
 // Whether no two elements of a strided array share memory: each dimension, from the widest stride to the
@@ -57,11 +121,18 @@ void check_written(const ArrayView& view, const ArrayName& name) {
     }
 }
 
+// An array that is walked along with the others of its parameter.
+struct Walked {
+    const ArrayView* view;
+    void** base;
+    std::vector<int64_t>* strides;
+};
+
 // The dimensions that all arrays of a parameter can be walked along together, in as few as can be, ordered
-// by the parameter's memory. The bases move to the lowest address where every stride of a dimension is
-// negative.
-void merge_dimensions(const ArrayView* views, int streams, Tensor& tensor, StridedLayout& layout) {
-    const ArrayView& p = views[0];
+// by the parameter's memory, which alone decides the order: 8-bit moments are numbered in it. Where its stride
+// is negative, the bases move to the other end.
+void merge_dimensions(const std::vector<Walked>& arrays, StridedLayout& layout) {
+    const ArrayView& p = *arrays[0].view;
     std::vector<int> order;
     for (int d = 0; d < p.dimensions; ++d) {
         if (p.shape[d] != 1) order.push_back(d);
@@ -69,36 +140,33 @@ void merge_dimensions(const ArrayView* views, int streams, Tensor& tensor, Strid
     std::stable_sort(order.begin(), order.end(),
                      [&](int a, int b) { return std::abs(p.strides[a]) > std::abs(p.strides[b]); });
     layout.shape.clear();
-    for (int k = 0; k < streams; ++k) layout.strides[k].clear();
+    for (const Walked& array : arrays) array.strides->clear();
     for (const int d : order) {
-        bool flip = true;
-        for (int k = 0; k < streams; ++k) flip = flip && views[k].strides[d] < 0;
+        const bool flip = p.strides[d] < 0;
         bool mergeable = !layout.shape.empty();
-        for (int k = 0; k < streams; ++k) {
-            int64_t stride = views[k].strides[d];
+        for (const Walked& array : arrays) {
+            int64_t stride = array.view->strides[d];
             if (flip) {
-                tensor.streams[k] = static_cast<char*>(tensor.streams[k]) + (p.shape[d] - 1) * stride;
+                *array.base = static_cast<char*>(*array.base) + (p.shape[d] - 1) * stride;
                 stride = -stride;
             }
-            mergeable = mergeable && layout.strides[k].back() == stride * p.shape[d];
-            layout.strides[k].push_back(stride);
+            mergeable = mergeable && array.strides->back() == stride * p.shape[d];
+            array.strides->push_back(stride);
         }
         layout.shape.push_back(p.shape[d]);
         if (!mergeable) continue;
         const size_t last = layout.shape.size() - 1;
         layout.shape[last - 1] *= layout.shape[last];
         layout.shape.pop_back();
-        for (int k = 0; k < streams; ++k) layout.strides[k].erase(layout.strides[k].end() - 2);
+        for (const Walked& array : arrays) array.strides->erase(array.strides->end() - 2);
     }
 }
 
-bool is_dense(const StridedLayout& layout, int streams, int item) {
+bool is_dense(const StridedLayout& layout, const std::vector<Walked>& arrays) {
     if (layout.shape.empty()) return true;
     if (layout.shape.size() > 1) return false;
-    for (int k = 0; k < streams; ++k) {
-        if (layout.strides[k][0] != item) return false;
-    }
-    return true;
+    return std::all_of(arrays.begin(), arrays.end(),
+                       [](const Walked& array) { return array.strides->front() == item_size(array.view->dtype); });
 }
 
 // An array to ask NumPy about shared memory with. NumPy looks only at addresses, so a GPU's do as well.
@@ -106,7 +174,7 @@ py::object as_numpy(const Extent& extent) {
     if (py::isinstance<py::array>(extent.object)) return py::reinterpret_borrow<py::object>(extent.object);
     GpuArrays arrays;
     const ArrayView view = view_array(extent.object, extent.name, arrays);
-    const py::dtype dtype = view.dtype == DType::float32 ? py::dtype::of<float>() : py::dtype::of<double>();
+    const py::dtype dtype(std::string("V") + std::to_string(item_size(view.dtype)));
     const std::vector<py::ssize_t> shape(view.shape, view.shape + view.dimensions);
     const std::vector<py::ssize_t> strides(view.strides, view.strides + view.dimensions);
     return py::array(dtype, shape, strides, view.data, py::reinterpret_borrow<py::object>(extent.object));
@@ -118,41 +186,72 @@ const char* const* stream_roles(int rule) {
     return rule == rule_index<Gd> || rule == rule_index<GdMomentum> ? gd_roles : adam_roles;
 }
 
-StridedLayout* LayoutStore::take() {
-    if (used_ == layouts_.size()) layouts_.emplace_back();
-    return &layouts_[used_++];
-}
+const char* const* extra_roles(int rule) { return stream_roles(rule) == gd_roles ? gd_extra_roles : adam_extra_roles; }
+
+bool is_walked(const ArrayView& view, int k) { return k < 2 || !is_eight_bit(view); }
 
 void check_gradient(const ArrayView& gradient, const ArrayView& parameter, const ArrayName& name) {
-    check_like_parameter(gradient, parameter, true, name);
+    plain_format(gradient, parameter, true, name);
+    check_like_parameter(gradient, parameter, name);
 }
 
-Tensor bind(int rule, const ArrayView* views, const ArrayName& name, LayoutStore& layouts) {
+Tensor bind(int rule, const ParameterViews& views, const ArrayName& name, StepStores& stores) {
     const char* const* roles = stream_roles(rule);
     const RuleStreams& streams = rule_streams[rule];
-    const ArrayView& p = views[0];
-    if (!p.known_dtype) {
-        throw py::type_error(with_role(name, roles[0]).text() + ": " + p.dtype_text() +
-                             " parameters are not supported; use float32 or float64 in native byte order");
-    }
+    const ArrayView& p = views.streams[0];
+    Storage storage;
     Tensor tensor{};
-    tensor.size = p.size();
-    bool c_contiguous = true, f_contiguous = true;
+    bool native = true, c_contiguous = true, f_contiguous = true;
     for (int k = 0; k < streams.count; ++k) {
+        const ArrayView& view = views.streams[k];
+        const ArrayView* const extra = views.extra(k);
         const ArrayName named = with_role(name, roles[k]);
-        check_like_parameter(views[k], p, k == 1, named);
-        if (streams.written >> k & 1) check_written(views[k], named);
-        c_contiguous = c_contiguous && views[k].c_contiguous();
-        f_contiguous = f_contiguous && views[k].f_contiguous();
-        tensor.streams[k] = views[k].data;
+        Format& format = storage.formats[k];
+        if (is_walked(view, k)) {
+            format =
+                k == 0 ? parameter_format(p, extra, views.stochastic, named) : plain_format(view, p, k == 1, named);
+            check_like_parameter(view, p, named);
+            c_contiguous = c_contiguous && view.c_contiguous();
+            f_contiguous = f_contiguous && view.f_contiguous();
+        } else {
+            format = k == 2 ? Format::signed8 : Format::unsigned8;
+            check_eight_bit(view, extra, k == 2 ? DType::int8 : DType::uint8, p, named,
+                            with_role(name, extra_roles(rule)[k]));
+        }
+        if (streams.written >> k & 1) check_written(view, named);
+        tensor.streams[k] = view.data;
+        native = native && format == Format::native;
+        if (extra == nullptr) continue;
+        const ArrayName extra_name = with_role(name, extra_roles(rule)[k]);
+        if (k == 0) {
+            check_like_parameter(*extra, p, extra_name);
+            c_contiguous = c_contiguous && extra->c_contiguous();
+            f_contiguous = f_contiguous && extra->f_contiguous();
+        }
+        check_written(*extra, extra_name);
+        storage.extras[k] = extra->data;
     }
-    if (c_contiguous || f_contiguous || tensor.size == 0) return tensor;
-    StridedLayout* layout = layouts.take();
-    merge_dimensions(views, streams.count, tensor, *layout);
-    if (is_dense(*layout, streams.count, item_size(p.dtype)))
-        layouts.give_back();
-    else
-        tensor.layout = layout;
+    tensor.size = p.size();
+    if (tensor.size == 0) return tensor;
+    if (!c_contiguous && !f_contiguous)
+        tensor.layout = stores.layouts.fill([&](StridedLayout& layout) {
+            std::vector<Walked> walked;
+            for (int k = 0; k < streams.count; ++k) {
+                if (is_walked(views.streams[k], k)) {
+                    walked.push_back({&views.streams[k], &tensor.streams[k], &layout.strides[k]});
+                }
+            }
+            if (views.extra(0) != nullptr) {
+                walked.push_back({views.extra(0), &storage.extras[0], &layout.extra_strides[0]});
+            }
+            merge_dimensions(walked, layout);
+            return !is_dense(layout, walked);
+        });
+    if (!native)
+        tensor.storage = stores.storages.fill([&](Storage& kept) {
+            kept = storage;
+            return true;
+        });
     return tensor;
 }
 

@@ -22,21 +22,55 @@ struct Extent {
     ArrayName name;
 };
 
-// The layouts of tensors that are not dense, at stable addresses; reused from call to call.
-class LayoutStore {
+// What tensors point to, at stable addresses; reused from call to call.
+template <class T>
+class Store {
 public:
-    StridedLayout* take();
-    void give_back() { --used_; }
+    // The next place, if `fill` says that what it put there is needed.
+    template <class Fill>
+    const T* fill(const Fill& fill) {
+        if (used_ == kept_.size()) kept_.emplace_back();
+        return fill(kept_[used_]) ? &kept_[used_++] : nullptr;
+    }
+    T& last() { return kept_[used_ - 1]; }
     void clear() { used_ = 0; }
 
 private:
-    std::deque<StridedLayout> layouts_;
+    std::deque<T> kept_;
     size_t used_ = 0;
 };
 
-// Checks the arrays of one parameter (views[k] is stream k of the rule) and describes them to the kernels.
-// `name.role` is ignored. The scalars are left null.
-Tensor bind(int rule, const ArrayView* views, const ArrayName& name, LayoutStore& layouts);
+struct StepStores {
+    Store<StridedLayout> layouts;
+    Store<Storage> storages;
+
+    void clear() {
+        layouts.clear();
+        storages.clear();
+    }
+    // Of the storage filled last.
+    void set_random(uint64_t random) { storages.last().random = random; }
+};
+
+// The arrays of one parameter: stream k of its rule, and what lies beside it where the format has that.
+struct ParameterViews {
+    ArrayView streams[max_streams];
+    ArrayView extras[max_streams];
+    bool has_extra[max_streams] = {};
+    bool stochastic = false;  // how a bfloat16 parameter with nothing beside it is rounded
+
+    const ArrayView* extra(int k) const { return has_extra[k] ? &extras[k] : nullptr; }
+};
+
+// The name of what lies beside each stream.
+const char* const* extra_roles(int rule);
+
+// Whether a stream has the parameter's shape; 8-bit moments have not.
+bool is_walked(const ArrayView& view, int k);
+
+// Checks the arrays of one parameter and describes them to the kernels. `name.role` is ignored. The scalars are
+// left null.
+Tensor bind(int rule, const ParameterViews& views, const ArrayName& name, StepStores& stores);
 
 // A gradient whose parameter and state are known to be good.
 void check_gradient(const ArrayView& gradient, const ArrayView& parameter, const ArrayName& name);

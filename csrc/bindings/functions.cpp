@@ -1,6 +1,7 @@
 #include "functions.hpp"
 
 #include <array>
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -14,21 +15,33 @@ using Arguments = std::array<py::handle, max_streams>;
 
 bool is_list(py::handle object) { return PyList_Check(object.ptr()) || PyTuple_Check(object.ptr()); }
 
+// Once in a program: the functions keep nothing beside the parameters.
+void warn_of_rounding(const ArrayName& name) {
+    static std::atomic<bool> warned{false};
+    if (warned.exchange(true)) return;
+    const std::string text = name.text() +
+                             ": a step smaller than the spacing of its 16-bit elements is lost; an optimizer keeps it "
+                             "with master_weights='float32', 'correction16', 'correction8' or 'stochastic'";
+    if (PyErr_WarnEx(PyExc_UserWarning, text.c_str(), 1) != 0) throw py::error_already_set();
+}
+
 template <class Hyper>
 void add_parameter(StepCall& call, int rule, const Arguments& arrays, const Hyper& hyper, int64_t step, int64_t index) {
     const char* const* roles = stream_roles(rule);
     const RuleStreams streams = rule_streams[rule];
-    ArrayView views[max_streams];
+    ParameterViews views;
     for (int k = 0; k < streams.count; ++k) {
-        views[k] = view_array(arrays[k], {roles[k], index}, call.gpu_arrays);
-        call.placement.check(views[k], {roles[k], index});
+        views.streams[k] = view_array(arrays[k], {roles[k], index}, call.gpu_arrays);
+        call.placement.check(views.streams[k], {roles[k], index});
     }
-    Tensor tensor = bind(rule, views, {"", index}, call.layouts);
+    Tensor tensor = bind(rule, views, {"", index}, call.stores);
     for (int k = 0; k < streams.count; ++k) {
-        call.extents.push_back(extent_of(views[k], (streams.written >> k & 1) != 0, {roles[k], index}));
+        call.extents.push_back(extent_of(views.streams[k], (streams.written >> k & 1) != 0, {roles[k], index}));
     }
-    tensor.scalars = call.scalars_of(hyper, step, views[0].dtype);
-    call.add(rule, views[0].dtype, tensor);
+    const DType compute = compute_type(views.streams[0].dtype);
+    if (compute != views.streams[0].dtype) warn_of_rounding({roles[0], index});
+    tensor.scalars = call.scalars_of(hyper, step, compute);
+    call.add(rule, compute, tensor);
 }
 
 // A list's arrays as a tuple of our own: another thread may change the list while the step runs.

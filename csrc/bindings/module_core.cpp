@@ -1,11 +1,17 @@
 // The extension fusedstep._core: the boundary and the CPU kernels.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "../cpu/dispatch.hpp"
+#include "../cpu/float_environment.hpp"
 #include "../cpu/run.hpp"
 #include "../cpu/thread_count.hpp"
 #include "../cpu/thread_pool.hpp"
+#include "../formats/random.hpp"
 #include "functions.hpp"
 #include "optimizer.hpp"
 
@@ -51,6 +57,40 @@ void fill_zero(py::handle array) {
     cpu::fill_zero(buffer.ptr, static_cast<size_t>(buffer.size * buffer.itemsize));
 }
 
+// A codec's values have room for whole blocks.
+size_t whole_blocks(int64_t count) {
+    return static_cast<size_t>((count + fusedstep::block_elements - 1) / fusedstep::block_elements *
+                               fusedstep::block_elements);
+}
+
+// What 8-bit codes stand for, and back. The arrays are an optimizer's own, contiguous and of the right sizes.
+template <class Pass>
+void pass_8bit(const py::array& codes, const py::array& units, const py::array& values, const Pass& pass) {
+    const fusedstep::Stream stream{const_cast<void*>(codes.data()), const_cast<void*>(units.data())};
+    const auto format = codes.dtype().kind() == 'i' ? fusedstep::Format::signed8 : fusedstep::Format::unsigned8;
+    const cpu::FloatEnvironment ieee;
+    pass(cpu::chosen_isa().kernels->codec[static_cast<int>(format)], stream, codes.size(),
+         static_cast<float*>(const_cast<void*>(values.data())));
+}
+
+void decode_8bit(const py::array& codes, const py::array& units, const py::array& values) {
+    std::vector<float> whole(whole_blocks(codes.size()));
+    pass_8bit(codes, units, values,
+              [&](const fusedstep::Codec& codec, const fusedstep::Stream& stream, int64_t count, float* to) {
+                  codec.decode(stream, 0, count, whole.data());
+                  std::copy(whole.begin(), whole.begin() + count, to);
+              });
+}
+
+void encode_8bit(const py::array& values, const py::array& codes, const py::array& units) {
+    pass_8bit(codes, units, values,
+              [&](const fusedstep::Codec& codec, const fusedstep::Stream& stream, int64_t count, const float* from) {
+                  std::vector<float> whole(whole_blocks(count));
+                  std::copy(from, from + count, whole.begin());
+                  codec.encode(stream, 0, count, 0, fusedstep::random_stream(0, 0), whole.data());
+              });
+}
+
 py::dict config() {
     py::dict config;
     config["version"] = FUSEDSTEP_VERSION;
@@ -79,4 +119,6 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     module.def("set_num_threads", &set_num_threads);
     module.def("cgroup_cpu_limit", &cpu::cgroup_cpu_limit);
     module.def("fill_zero", &fill_zero);
+    module.def("decode_8bit", &decode_8bit);
+    module.def("encode_8bit", &encode_8bit);
 }

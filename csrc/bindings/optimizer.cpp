@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../formats/random.hpp"
 #include "fast_function.hpp"
 #include "step_call.hpp"
 
@@ -113,8 +114,11 @@ struct Parameter {
     py::object object;
     py::object cupy_dtype;  // of a CuPy array; else null
     std::vector<py::object> state;
-    py::object key;      // of the gradient, in a group given as a dict
-    std::string suffix;  // "[3]", "['w2']": how errors name it
+    py::object extras[max_streams];  // what is beside each stream, or null
+    bool stochastic;                 // how the parameter is rounded
+    Storage storage;                 // where the streams are not all native, and the gradient is as the parameter
+    py::object key;                  // of the gradient, in a group given as a dict
+    std::string suffix;              // "[3]", "['w2']": how errors name it
     int rule;
     size_t group;
 
@@ -189,12 +193,15 @@ class Optimizer {
 public:
     static constexpr size_t group_state_bytes = sizeof(GroupState<Hyper>);
 
-    explicit Optimizer(bool decoupled) : decoupled_(decoupled) {}
+    Optimizer(bool decoupled, uint64_t seed) : decoupled_(decoupled), seed_(seed) {}
 
     // Adds a group of parameters; state[k][i] is state array k of parameter i, and `group_state` is None or a
     // GPU array of `group_state_bytes` zeros. Nothing is added if any of it is refused.
+    //
+    // `extras[k]` has what lies beside stream k of each parameter, or None; `stochastic` is how a bfloat16
+    // parameter with nothing beside it is rounded.
     void add_group(const std::string& structure, const py::list& params, const py::list& keys, const py::list& state,
-                   const py::list& suffixes, const py::object& group_state) {
+                   const py::list& suffixes, const py::object& group_state, const py::list& extras, bool stochastic) {
         const std::lock_guard<Optimizer> lock(*this);
         const size_t before = parameters_.size();
         std::vector<PyObject*> arrays;
@@ -202,7 +209,7 @@ public:
         call_.clear();
         try {
             for (size_t i = 0; i < params.size(); ++i) {
-                add_parameter(params, keys, state, suffixes, i);
+                add_parameter(params, keys, state, suffixes, extras, stochastic, i);
                 arrays.push_back(parameters_.back().object.ptr());
             }
             find_owned();
@@ -301,8 +308,8 @@ public:
 
 private:
     void add_parameter(const py::list& params, const py::list& keys, const py::list& state, const py::list& suffixes,
-                       size_t i) {
-        Parameter parameter;
+                       const py::list& extras, bool stochastic, size_t i) {
+        Parameter& parameter = parameters_.emplace_back();
         parameter.object = params[i];
         parameter.key = keys[i];
         parameter.suffix = suffixes[i].cast<std::string>();
@@ -311,15 +318,25 @@ private:
         }
         parameter.group = groups_.size();
         parameter.rule = Family<Hyper>::rule(parameter.state.size());
+        parameter.stochastic = stochastic;
+        for (size_t k = 0; k < extras.size(); ++k) {
+            const py::object extra = py::reinterpret_borrow<py::list>(extras[k])[i];
+            if (!extra.is_none()) parameter.extras[k] = extra;
+        }
         parameter.view = view_array(parameter.object, {"params", -1, &parameter.suffix}, call_.gpu_arrays);
         // The gradient's place is taken by the parameter itself: it is the one array whose layout is known.
-        LayoutStore layouts;
-        ArrayView views[max_streams];
-        views_of(parameter, parameter.view, views);
-        const Tensor tensor = bind(parameter.rule, views, {"", -1, &parameter.suffix}, layouts);
+        StepStores stores;
+        const ParameterViews views = views_of(parameter, parameter.view);
+        Tensor tensor = bind(parameter.rule, views, {"", -1, &parameter.suffix}, stores);
+        if (tensor.storage != nullptr) {
+            parameter.storage = *tensor.storage;
+            tensor.storage = &parameter.storage;
+        }
         for (int k = 0; k < rule_streams[parameter.rule].count; ++k) {
-            parameter.c_contiguous = parameter.c_contiguous && views[k].c_contiguous();
-            parameter.f_contiguous = parameter.f_contiguous && views[k].f_contiguous();
+            const ArrayView& like = k == 0 && views.has_extra[0] ? views.extras[0] : views.streams[k];
+            if (!is_walked(views.streams[k], k)) continue;
+            parameter.c_contiguous = parameter.c_contiguous && views.streams[k].c_contiguous() && like.c_contiguous();
+            parameter.f_contiguous = parameter.f_contiguous && views.streams[k].f_contiguous() && like.f_contiguous();
         }
         parameter.shape.assign(parameter.view.shape, parameter.view.shape + parameter.view.dimensions);
         parameter.strides.assign(parameter.view.strides, parameter.view.strides + parameter.view.dimensions);
@@ -334,7 +351,6 @@ private:
         shapes_.insert(shapes_.end(), parameter.shape.begin(), parameter.shape.end());
         tensors_.push_back(tensor);
         steps_.push_back(0);
-        parameters_.push_back(std::move(parameter));
     }
 
     Watch watch_of(const Parameter& parameter, const Tensor& tensor) const {
@@ -343,7 +359,7 @@ private:
         watch.data = parameter.view.data;
         watch.bytes = tensor.size * item_size(parameter.view.dtype);
         watch.rule = static_cast<int8_t>(parameter.rule);
-        watch.dtype = parameter.view.dtype;
+        watch.dtype = compute_type(parameter.view.dtype);
         watch.shape = shapes_.size();
         watch.usual = parameter.view.device == ArrayView::host && parameter.c_contiguous;
         if (watch.usual) {
@@ -356,13 +372,23 @@ private:
     }
 
     // The arrays of a parameter in the order of its rule's streams.
-    void views_of(const Parameter& parameter, const ArrayView& gradient, ArrayView* views) {
+    ParameterViews views_of(const Parameter& parameter, const ArrayView& gradient) {
         const char* const* roles = stream_roles(parameter.rule);
-        views[0] = view_array(parameter.object, {"params", -1, &parameter.suffix}, call_.gpu_arrays);
-        views[1] = gradient;
+        ParameterViews views;
+        views.streams[0] = view_array(parameter.object, {"params", -1, &parameter.suffix}, call_.gpu_arrays);
+        views.streams[1] = gradient;
         for (size_t k = 0; k < parameter.state.size(); ++k) {
-            views[2 + k] = view_array(parameter.state[k], {roles[2 + k], -1, &parameter.suffix}, call_.gpu_arrays);
+            const ArrayName name{roles[2 + k], -1, &parameter.suffix};
+            views.streams[2 + k] = view_array(parameter.state[k], name, call_.gpu_arrays);
         }
+        for (int k = 0; k < max_streams; ++k) {
+            views.has_extra[k] = static_cast<bool>(parameter.extras[k]);
+            if (!views.has_extra[k]) continue;
+            const ArrayName name{extra_roles(parameter.rule)[k], -1, &parameter.suffix};
+            views.extras[k] = view_array(parameter.extras[k], name, call_.gpu_arrays);
+        }
+        views.stochastic = parameter.stochastic;
+        return views;
     }
 
     // Everything that a step may write, which must all be in one place.
@@ -370,15 +396,16 @@ private:
         owned_.clear();
         Placement placement;
         for (const Parameter& parameter : parameters_) {
-            const char* const* roles = stream_roles(parameter.rule);
-            ArrayView views[max_streams];
-            views_of(parameter, parameter.view, views);
-            for (int k = 0; k < rule_streams[parameter.rule].count; ++k) {
-                if (k == 1) continue;
-                const ArrayName name{roles[k], -1, &parameter.suffix};
-                placement.check(views[k], name);
-                const Extent extent = extent_of(views[k], true, name);
+            const ParameterViews views = views_of(parameter, parameter.view);
+            const auto own = [&](const ArrayView& view, const char* role) {
+                const ArrayName name{role, -1, &parameter.suffix};
+                placement.check(view, name);
+                const Extent extent = extent_of(view, true, name);
                 if (extent.begin != extent.end) owned_.push_back(extent);
+            };
+            for (int k = 0; k < rule_streams[parameter.rule].count; ++k) {
+                if (k != 1) own(views.streams[k], stream_roles(parameter.rule)[k]);
+                if (views.has_extra[k]) own(views.extras[k], extra_roles(parameter.rule)[k]);
             }
         }
         for (Watch& watch : watches_) watch.gap_begin = watch.gap_end = nullptr;
@@ -461,7 +488,7 @@ private:
             const py::object lr = prepared.dicts[g][keys().lr];
             const ArrayView view = view_array(lr, {"lr"}, call_.gpu_arrays);
             call_.placement.check(view, {"lr"});
-            if (!view.known_dtype)
+            if (!view.is_of_compute_type())
                 throw py::type_error(prefix + "lr: " + view.dtype_text() + "; a GPU array is to be float32 or float64");
             if (view.size() != 1)
                 throw py::value_error(prefix + "lr: shape " + view.shape_text() +
@@ -587,6 +614,7 @@ private:
 
     void add_gradient(int64_t i, py::handle gradient, const Hyper& hyper, const Group<Hyper>& group) {
         const Watch& watch = watches_[i];
+        if (tensors_[i].storage != nullptr) parameters_[i].storage.random = random_stream(seed_, steps_[i] + 1);
         const void* const scalars = group.state == nullptr ? call_.scalars_of(hyper, steps_[i] + 1, watch.dtype)
                                                            : scalars_on_gpu(group, watch.dtype);
         if (is_as_before(watch, gradient)) {
@@ -651,11 +679,11 @@ private:
         check_gradient(gradient, p, name);
         Tensor tensor = tensors_[i];
         tensor.streams[1] = gradient.data;
-        if (!(parameter.c_contiguous && gradient.c_contiguous()) &&
-            !(parameter.f_contiguous && gradient.f_contiguous())) {
-            ArrayView views[max_streams];
-            views_of(parameter, gradient, views);
-            tensor = bind(parameter.rule, views, {"", -1, &parameter.suffix}, call_.layouts);
+        if (gradient.dtype != p.dtype || (!(parameter.c_contiguous && gradient.c_contiguous()) &&
+                                          !(parameter.f_contiguous && gradient.f_contiguous()))) {
+            const ParameterViews views = views_of(parameter, gradient);
+            tensor = bind(parameter.rule, views, {"", -1, &parameter.suffix}, call_.stores);
+            if (tensor.storage != nullptr) call_.stores.set_random(random_stream(seed_, steps_[i] + 1));
         }
         check_gradient_memory(watches_[i], gradient, name);
         return tensor;
@@ -709,6 +737,7 @@ private:
     }
 
     const bool decoupled_;
+    const uint64_t seed_;
     std::mutex mutex_;
     std::atomic<std::thread::id> owner_{};
     // Deques, so that what a step has a reference to stays where it is when a group is added.
@@ -739,7 +768,7 @@ template <class Hyper>
 void bind_family(py::module_& module, const char* name) {
     using Native = Optimizer<Hyper>;
     py::class_<Native> native(module, name);
-    native.def(py::init<bool>(), py::arg("decoupled") = false)
+    native.def(py::init<bool, uint64_t>(), py::arg("decoupled") = false, py::arg("seed") = 0)
         .def("add_group", &Native::add_group)
         .def("check_group", &Native::check_group)
         .def_readonly_static("group_state_bytes", &Native::group_state_bytes)
@@ -754,10 +783,10 @@ void bind_optimizer(py::module_& module) {
     module.def("check_parameter", [](py::handle param, const std::string& suffix) {
         const ArrayName name{"params", -1, &suffix};
         GpuArrays gpu_arrays;
-        const ArrayView view = view_array(param, name, gpu_arrays);
-        const ArrayView views[] = {view, view};
-        LayoutStore layouts;
-        bind(rule_index<Gd>, views, name, layouts);
+        ParameterViews views;
+        views.streams[0] = views.streams[1] = view_array(param, name, gpu_arrays);
+        StepStores stores;
+        bind(rule_index<Gd>, views, name, stores);
     });
     bind_family<GdHyper>(module, "GdOptimizer");
     bind_family<AdamHyper>(module, "AdamOptimizer");

@@ -20,7 +20,7 @@ namespace fusedstep {
 // Keeps its memory from call to call, so that a step allocates nothing once it has been taken before.
 class StepCall {
 public:
-    LayoutStore layouts;
+    StepStores stores;
     std::vector<Extent> extents;
     GpuArrays gpu_arrays;
     Placement placement;
@@ -28,7 +28,7 @@ public:
     void clear() {
         if (gpu_arrays.in_use()) clear_gpu();
         placement.clear();
-        layouts.clear();
+        stores.clear();
         extents.clear();
         scalars_used_ = 0;
         known_[0] = known_[1] = {};

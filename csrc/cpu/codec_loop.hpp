@@ -94,7 +94,7 @@ public:
     FUSEDSTEP_INLINE void observe(V value) { greatest_ = max(greatest_, magnitude(bits_of(value))); }
 
     FUSEDSTEP_INLINE void set_scale(uint64_t random) {
-        start_ = static_cast<uint32_t>(random >> Format::random_half);
+        start_ = static_cast<uint32_t>(random >> 32);
         const uint32_t bits = greatest_.greatest();
         finite_ = is_finite_block(bits);
         float largest;

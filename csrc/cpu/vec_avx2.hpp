@@ -40,7 +40,6 @@ struct F32 {
     FUSEDSTEP_INLINE friend F32 operator*(F32 a, F32 b) { return _mm256_mul_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 operator/(F32 a, F32 b) { return _mm256_div_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 max(F32 a, F32 b) { return _mm256_max_ps(a.x, b.x); }
-    FUSEDSTEP_INLINE friend F32 min(F32 a, F32 b) { return _mm256_min_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 sqrt(F32 a) { return _mm256_sqrt_ps(a.x); }
     FUSEDSTEP_INLINE friend F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.x, b.x, c.x); }
 };

@@ -19,22 +19,23 @@ struct BlockScale {
     float unit, reciprocal;
 };
 
-// A block is finite when `greatest`, the largest of its magnitudes compared as integers, is; NaN are above
-// infinity there. All codes of one that is not are 0, and its unit is NaN.
-FUSEDSTEP_INLINE bool is_finite_block(uint32_t greatest) { return greatest < 0x7F800000u; }
+// `greatest` is the largest of a block's magnitudes, compared as integers: NaN are above infinity there. A block
+// that reaches 16 ulp below infinity has codes of 0 and a unit of NaN, so that what is finite decodes finite.
+FUSEDSTEP_INLINE bool is_finite_block(uint32_t greatest) { return greatest < 0x7F7FFFF0u; }
 
 template <class Moment>
 FUSEDSTEP_INLINE BlockScale scale_of(float greatest) {
-    const float unit = greatest * (1.0f / (Moment::most - 1.0f));
+    const float unit = greatest * Moment::inverse_span;
     const float kept = unit > 0x1p-112f ? unit : 0x1p-112f;
     return {kept, 1.0f / kept};
 }
 
-// y of the magnitude as its code: the bits above one.
-template <class Moment, class V>
+// The bits of y above those of one, rounded at random: adding uniform bits below the cut and cutting rounds up as
+// often as the fraction that is cut says.
+template <class V>
 FUSEDSTEP_INLINE typename V::Bits code_of(typename V::Bits positive, V reciprocal, typename V::Bits random) {
     using B = typename V::Bits;
-    const V y = min(fma(from_bits(positive), reciprocal, V(1.0f)), V(Moment::most));
+    const V y = fma(from_bits(positive), reciprocal, V(1.0f));
     return (bits_of(y) - B(one_bits) + (random >> (32 - dropped_bits))) >> dropped_bits;
 }
 
@@ -47,8 +48,8 @@ FUSEDSTEP_INLINE V value_of(typename V::Bits code, V unit) {
 // A first moment: 3 bits of exponent and 4 of mantissa, with a sign.
 struct Signed8 {
     using Item = int8_t;
-    static constexpr float most = 248.0f;
-    static constexpr int random_half = 0;
+    // The smallest float32 that is at least (1 + 2^-23) / 247: no y comes out above that of the largest code.
+    static constexpr float inverse_span = 0x1.0953F6p-8f;
 
     template <class V>
     FUSEDSTEP_INLINE static V decode(typename V::Bits code, V unit) {
@@ -58,7 +59,7 @@ struct Signed8 {
 
     template <class V>
     FUSEDSTEP_INLINE static typename V::Bits encode(typename V::Bits bits, V reciprocal, typename V::Bits random) {
-        return with_sign(code_of<Signed8, V>(magnitude(bits), reciprocal, random), bits);
+        return with_sign(code_of<V>(magnitude(bits), reciprocal, random), bits);
     }
 };
 
@@ -66,8 +67,7 @@ struct Signed8 {
 // update would be divided.
 struct Unsigned8 {
     using Item = uint8_t;
-    static constexpr float most = 63488.0f;
-    static constexpr int random_half = 32;
+    static constexpr float inverse_span = 0x1.084324p-16f;  // the same of 63487
 
     template <class V>
     FUSEDSTEP_INLINE static V decode(typename V::Bits code, V unit) {
@@ -78,7 +78,7 @@ struct Unsigned8 {
     FUSEDSTEP_INLINE static typename V::Bits encode(typename V::Bits bits, V reciprocal, typename V::Bits random) {
         using B = typename V::Bits;
         const B positive = magnitude(bits);
-        return max(code_of<Unsigned8, V>(positive, reciprocal, random), min(positive, B(1u)));
+        return max(code_of<V>(positive, reciprocal, random), min(positive, B(1u)));
     }
 };
 

@@ -1,6 +1,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, final
 
+import numpy as np
 from numpy.typing import NDArray
 
 __version__: str
@@ -41,7 +42,7 @@ def adam_step(
 class _Optimizer:
     group_state_bytes: ClassVar[int]
     steps: list[int]
-    def __init__(self, decoupled: bool = False) -> None: ...
+    def __init__(self, decoupled: bool = False, seed: int = 0) -> None: ...
     def add_group(
         self,
         structure: Literal["array", "list", "dict"] | str,
@@ -50,6 +51,8 @@ class _Optimizer:
         state: list[list[NDArray[Any]]],
         suffixes: list[str],
         group_state: Any | None,
+        extras: list[list[NDArray[Any] | None]],
+        stochastic: bool,
         /,
     ) -> None: ...
     def check_group(
@@ -74,3 +77,9 @@ def get_num_threads() -> int: ...
 def set_num_threads(count: object, /) -> None: ...
 def cgroup_cpu_limit(membership: str, root: str, /) -> int: ...
 def fill_zero(array: NDArray[Any], /) -> None: ...
+def decode_8bit(
+    codes: NDArray[Any], units: NDArray[np.float32], values: NDArray[np.float32], /
+) -> None: ...
+def encode_8bit(
+    values: NDArray[np.float32], codes: NDArray[Any], units: NDArray[np.float32], /
+) -> None: ...

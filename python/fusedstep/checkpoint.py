@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import gpu
+from . import gpu, narrow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,14 +26,24 @@ def save_state(optimizer: str, state_dict: Mapping[str, Any], path: str | os.Pat
     save = _safetensors().numpy.save_file
     tensors = {}
     steps = {}
+    bfloat16: list[str] = []  # which safetensors does not take from NumPy
     for index, entry in state_dict["state"].items():
         steps[str(index)] = entry["step"]
         for key, value in entry.items():
             if key != "step":
+                name = f"{index}.{key}"
                 array = gpu.to_host(value)
-                tensors[f"{index}.{key}"] = np.ascontiguousarray(array).reshape(array.shape)
+                if array.dtype.name == "bfloat16":
+                    bfloat16.append(name)
+                    array = array.view(np.uint16)
+                tensors[name] = np.ascontiguousarray(array).reshape(array.shape)
     description = json.dumps(
-        {"optimizer": optimizer, "steps": steps, "param_groups": state_dict["param_groups"]},
+        {
+            "optimizer": optimizer,
+            "steps": steps,
+            "param_groups": state_dict["param_groups"],
+            "bfloat16": bfloat16,
+        },
         default=_plain_number,
     )
     metadata = {
@@ -83,7 +93,8 @@ def load_state(optimizer: str, path: str | os.PathLike[str]) -> dict[str, Any]:
     }
     for name, tensor in tensors.items():
         index, key = name.split(".")
-        state[int(index)][key] = tensor
+        is_bfloat16 = name in saved["bfloat16"]
+        state[int(index)][key] = tensor.view(narrow.bfloat16()) if is_bfloat16 else tensor
     for group in saved["param_groups"]:
         if "betas" in group:
             group["betas"] = tuple(group["betas"])

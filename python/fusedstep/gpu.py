@@ -27,6 +27,8 @@ def is_gpu_array(value: Any) -> bool:
 
 def dtype_of(array: Any) -> np.dtype[Any]:
     """Return an array's dtype as NumPy has it."""
+    if is_on_host(array):
+        return array.dtype  # type: ignore[no-any-return]
     return np.dtype(str(array.dtype).removeprefix("torch."))
 
 

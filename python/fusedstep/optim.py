@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
-from . import _core, gpu
+from . import _core, gpu, narrow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,12 +41,18 @@ class Optimizer:
     param_groups: list[dict[str, Any]]
 
     def __init__(
-        self, params: Params, defaults: dict[str, Any], *, capturable: bool = False
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        capturable: bool = False,
+        storage: narrow.Storage | None = None,
     ) -> None:
         if not isinstance(capturable, bool):
             raise TypeError(f"capturable: expected True or False, got {type(capturable).__name__}")
         self.defaults = defaults
         self.capturable = capturable
+        self._storage = storage or narrow.Storage()
         self._start_empty()
         if _are_groups(params):
             self._grads_by_group = True
@@ -67,8 +74,7 @@ class Optimizer:
     def _state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
         raise TypeError("Optimizer is a base class; use GD, Adam or AdamW")
 
-    @staticmethod
-    def _make_native() -> Any:
+    def _make_native(self) -> Any:
         raise TypeError("Optimizer is a base class; use GD, Adam or AdamW")
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
@@ -124,10 +130,27 @@ class Optimizer:
                 raise ValueError(
                     f"params{suffix}: in host memory, but capturable=True counts steps on a GPU"
                 )
-        arrays = [{key: _zeros_like(param) for key in keys} for param in params]
+        self._storage.check(keys)
+        _warn_of_rounding(params, suffixes, self._storage)
+        made = [
+            self._storage.new_state(param, keys, suffix)
+            for param, suffix in zip(params, suffixes, strict=True)
+        ]
+        arrays = [own for own, _ in made]
         counter = self._new_counter(params[0]) if self.capturable else None
         state = [[own[key] for own in arrays] for key in keys]
-        self._native.add_group(structure, params, names, state, suffixes, counter)
+        # Of each stream, or None where nothing lies beside any parameter's.
+        extras = [list(of_stream) for of_stream in zip(*(e for _, e in made), strict=True)]
+        self._native.add_group(
+            structure,
+            params,
+            names,
+            state,
+            suffixes,
+            counter,
+            extras,
+            self._storage.master_weights == "stochastic",
+        )
         self.param_groups.append(added)
         self._structures.append(structure)
         self._arrays += arrays
@@ -265,7 +288,9 @@ class Optimizer:
                 f"state_dict: {len(saved_groups)} parameter groups, "
                 f"but this optimizer has {len(self.param_groups)}"
             )
-        groups, arrays, steps = [], [], []
+        groups: list[dict[str, Any]] = []
+        arrays: list[Mapping[str, Any]] = []
+        steps: list[int] = []
         for number, (own, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             where = f"state_dict: param_groups[{number}]"
             groups.append(self._checked_hyper(own, saved, number, where))
@@ -273,7 +298,7 @@ class Optimizer:
             for param, index in zip(own["params"], indices, strict=True):
                 entry = state_dict["state"].get(index, {"step": 0})
                 checked, step = self._checked_entry(
-                    entry, param, own, f"state_dict: state[{index}]"
+                    entry, param, self._arrays[len(arrays)], f"state_dict: state[{index}]"
                 )
                 arrays.append(checked)
                 steps.append(step)
@@ -309,31 +334,27 @@ class Optimizer:
         return hyper
 
     def _checked_entry(
-        self, entry: Mapping[str, Any], param: Array, group: Mapping[str, Any], where: str
+        self, entry: Mapping[str, Any], param: Array, own: Mapping[str, Any], where: str
     ) -> tuple[Mapping[str, Any], int]:
+        """Return the values of a parameter's own state arrays, and its step count.
+
+        A moment in another format than this optimizer's is converted.
+        """
         if not isinstance(entry, Mapping):
             raise TypeError(f"{where}: expected a dict, got {type(entry).__name__}")
         step = _checked_step(entry.get("step"), where)
-        keys = self._state_keys(group)
-        extra = entry.keys() - set(keys) - {"step"}
+        moments = {key for key in own if not key.endswith(narrow.UNITS)}
+        known = moments | {key + narrow.UNITS for key in moments} | {"step"}
+        extra = entry.keys() - known
         if extra:
             raise ValueError(f"{where}: {min(extra)!r} is no state of this {type(self).__name__}")
-        if step == 0 and not entry.keys() & set(keys):
-            return dict.fromkeys(keys, np.zeros((), gpu.dtype_of(param))), 0
-        arrays = {}
-        for key in keys:
+        if step == 0 and not entry.keys() & own.keys():
+            return narrow.fresh(param, own), 0
+        arrays: dict[str, Array] = {}
+        for key in moments:
             if key not in entry:
                 raise ValueError(f"{where}: no {key!r}")
-            arrays[key] = array = gpu.to_host(entry[key])
-            if array.shape != tuple(param.shape):
-                raise ValueError(
-                    f"{where}[{key!r}]: shape {array.shape}, but its parameter has shape "
-                    f"{tuple(param.shape)}"
-                )
-            if array.dtype != gpu.dtype_of(param):
-                raise TypeError(
-                    f"{where}[{key!r}]: {array.dtype}, but its parameter is {param.dtype}"
-                )
+            arrays |= narrow.converted(entry, key, own, param, where)
         return arrays, step
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -385,11 +406,13 @@ class Optimizer:
             ],
             "steps": self._steps(),
             "capturable": self.capturable,
+            "storage": self._storage,
         }
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.defaults = saved["defaults"]
         self.capturable = saved["capturable"]
+        self._storage = saved["storage"]
         self._start_empty()
         self._grads_by_group = saved["grads_by_group"]
         for group, structure in zip(saved["param_groups"], saved["structures"], strict=True):
@@ -442,6 +465,18 @@ class GD(Optimizer):
         `lr` may then be a GPU array of one float32 or float64, which is read when a step runs and
         is not checked; float64 gives the bits of a number. Callables are refused, and so is a
         gradient of None. Reading `state`, saving and pickling wait for the GPU.
+    state_dtype : str or dict, optional
+        How state is stored beside float32, bfloat16 and float16 parameters: ``"float32"`` (the
+        default), ``"bfloat16"``, or ``"8bit"`` (a byte for each element and a float32 for each 64,
+        under the array's name and ``"_units"``; rounded at random). A dict has one for each state
+        array. Steps are computed in float32 whatever it is.
+    master_weights : str, optional
+        What is kept of a bfloat16 or float16 parameter beyond its own bits, so that small steps
+        are not lost: ``"float32"`` (a float32 copy), ``"correction16"`` (the 16 bits that bfloat16
+        lacks of it), ``"correction8"`` (the next 8), or ``"stochastic"`` (nothing: bfloat16 is
+        rounded at random, right on average). float16 has ``"float32"`` only.
+    seed : int
+        Of what is rounded at random. The same seed gives the same bits, also after a resume.
 
     Raises
     ------
@@ -476,6 +511,9 @@ class GD(Optimizer):
         weight_decay: Schedule = 0.0,
         maximize: bool = False,
         capturable: bool = False,
+        state_dtype: str | Mapping[str, str | None] | None = None,
+        master_weights: str | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -488,6 +526,7 @@ class GD(Optimizer):
                 "maximize": maximize,
             },
             capturable=capturable,
+            storage=narrow.Storage(state_dtype, master_weights, seed),
         )
 
     @staticmethod
@@ -496,9 +535,8 @@ class GD(Optimizer):
         never = isinstance(momentum, int | float | np.number) and momentum == 0
         return () if never else ("momentum_buffer",)
 
-    @staticmethod
-    def _make_native() -> Any:
-        return _core.GdOptimizer()
+    def _make_native(self) -> Any:
+        return _core.GdOptimizer(seed=self._storage.seed)
 
 
 SGD = GD
@@ -538,6 +576,18 @@ class Adam(Optimizer):
         `lr` may then be a GPU array of one float32 or float64, which is read when a step runs and
         is not checked; float64 gives the bits of a number. Callables are refused, and so is a
         gradient of None. Reading `state`, saving and pickling wait for the GPU.
+    state_dtype : str or dict, optional
+        How state is stored beside float32, bfloat16 and float16 parameters: ``"float32"`` (the
+        default), ``"bfloat16"``, or ``"8bit"`` (a byte for each element and a float32 for each 64,
+        under the array's name and ``"_units"``; rounded at random). A dict has one for each state
+        array. Steps are computed in float32 whatever it is.
+    master_weights : str, optional
+        What is kept of a bfloat16 or float16 parameter beyond its own bits, so that small steps
+        are not lost: ``"float32"`` (a float32 copy), ``"correction16"`` (the 16 bits that bfloat16
+        lacks of it), ``"correction8"`` (the next 8), or ``"stochastic"`` (nothing: bfloat16 is
+        rounded at random, right on average). float16 has ``"float32"`` only.
+    seed : int
+        Of what is rounded at random. The same seed gives the same bits, also after a resume.
 
     Raises
     ------
@@ -571,6 +621,9 @@ class Adam(Optimizer):
         maximize: bool = False,
         bias_correction: bool = True,
         capturable: bool = False,
+        state_dtype: str | Mapping[str, str | None] | None = None,
+        master_weights: str | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -584,6 +637,7 @@ class Adam(Optimizer):
                 "bias_correction": bias_correction,
             },
             capturable=capturable,
+            storage=narrow.Storage(state_dtype, master_weights, seed),
         )
 
     @staticmethod
@@ -591,9 +645,8 @@ class Adam(Optimizer):
         keys = ("exp_avg", "exp_avg_sq")
         return (*keys, "max_exp_avg_sq") if group["amsgrad"] else keys
 
-    @staticmethod
-    def _make_native() -> Any:
-        return _core.AdamOptimizer(decoupled=False)
+    def _make_native(self) -> Any:
+        return _core.AdamOptimizer(decoupled=False, seed=self._storage.seed)
 
 
 class AdamW(Adam):
@@ -619,6 +672,9 @@ class AdamW(Adam):
         maximize: bool = False,
         bias_correction: bool = True,
         capturable: bool = False,
+        state_dtype: str | Mapping[str, str | None] | None = None,
+        master_weights: str | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -630,11 +686,13 @@ class AdamW(Adam):
             maximize=maximize,
             bias_correction=bias_correction,
             capturable=capturable,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            seed=seed,
         )
 
-    @staticmethod
-    def _make_native() -> Any:
-        return _core.AdamOptimizer(decoupled=True)
+    def _make_native(self) -> Any:
+        return _core.AdamOptimizer(decoupled=True, seed=self._storage.seed)
 
 
 def _are_groups(params: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
@@ -668,21 +726,18 @@ def _suffixes(structure: str, names: Sequence[str | None], where: str) -> list[s
     return [f"{where}[{i if name is None else name!r}]" for i, name in enumerate(names)]
 
 
-def _zeros_like(param: Array) -> Array:
-    """Return zeros in the parameter's layout, on whole cache lines.
-
-    The pages are first touched by the threads that will update them. On a GPU the parameter's own
-    library allocates.
-    """
-    if not gpu.is_on_host(param):
-        zeros: Array = gpu.zeros_like(param)
-        return zeros
-    cache_line = 64
-    strides = np.empty_like(param, order="K", subok=False).strides
-    memory = np.empty(param.nbytes + cache_line, np.uint8)
-    _core.fill_zero(memory)
-    offset = -memory.__array_interface__["data"][0] % cache_line
-    return np.ndarray(param.shape, param.dtype, memory, offset, strides)
+def _warn_of_rounding(
+    params: Sequence[Any], suffixes: Sequence[str], storage: narrow.Storage
+) -> None:
+    for param, suffix in zip(params, suffixes, strict=True):
+        if narrow.loses_small_steps(param, storage):
+            warnings.warn(
+                f"params{suffix}: {param.dtype}, so that a step smaller than the spacing of its "
+                "elements is lost; master_weights='float32', 'correction16', 'correction8' or "
+                "'stochastic' keeps it",
+                stacklevel=5,
+            )
+            return
 
 
 def _checked_step(step: Any, where: str) -> int:

@@ -1,0 +1,245 @@
+"""State and parameters in fewer bytes: the arrays an optimizer keeps for them, and conversions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _core, gpu
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+STATE_DTYPES = ("float32", "bfloat16", "8bit")
+MASTER_WEIGHTS = ("float32", "correction16", "correction8", "stochastic")
+# What lies beside a 16-bit parameter, under which name.
+_BESIDE = {
+    "float32": ("master", "float32"),
+    "correction16": ("correction", "uint16"),
+    "correction8": ("correction", "uint8"),
+}
+BLOCK = 64  # elements that share a unit
+UNITS = "_units"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How an optimizer stores its state, and what it keeps of 16-bit parameters.
+
+    Attributes
+    ----------
+    state_dtype : str, dict or None
+        As given to the optimizer.
+    master_weights : str or None
+        As given to the optimizer.
+    seed : int
+        Of what is rounded at random.
+    """
+
+    state_dtype: str | Mapping[str, str | None] | None = None
+    master_weights: str | None = None
+    seed: int = 0
+
+    def check(self, state_keys: tuple[str, ...]) -> None:
+        """Raise for what no optimizer with these state arrays can do."""
+        if isinstance(self.state_dtype, Mapping):
+            for key in self.state_dtype:
+                if key not in state_keys:
+                    raise ValueError(
+                        f"state_dtype: {key!r} is no state array; there are {', '.join(state_keys)}"
+                    )
+        for key in state_keys:
+            dtype = self._dtype(key)
+            if dtype is not None and dtype not in STATE_DTYPES:
+                raise ValueError(
+                    f"state_dtype: expected one of {', '.join(STATE_DTYPES)}, got {dtype!r}"
+                )
+        if self.master_weights is not None and self.master_weights not in MASTER_WEIGHTS:
+            raise ValueError(
+                f"master_weights: expected one of {', '.join(MASTER_WEIGHTS)}, "
+                f"got {self.master_weights!r}"
+            )
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: expected an integer from 0 to 2**64 - 1, got {self.seed!r}")
+
+    def new_state(
+        self, param: Any, state_keys: tuple[str, ...], suffix: str
+    ) -> tuple[dict[str, Any], list[Any]]:
+        """Return the state arrays of a parameter by name, and what lies beside each stream."""
+        dtype = gpu.dtype_of(param)
+        narrow = dtype.itemsize == 2
+        beside = _BESIDE.get(self.master_weights or "") if narrow else None
+        if dtype == np.float16 and self.master_weights not in (None, "float32"):
+            raise ValueError(
+                f"params{suffix}: float16, which only master_weights='float32' is there for"
+            )
+        arrays: dict[str, Any] = {}
+        extras: list[Any] = [None, None]
+        for key in state_keys:
+            wanted = self._dtype(key)
+            if wanted not in (None, "float32") and (
+                dtype == np.float64 or not gpu.is_on_host(param)
+            ):
+                raise TypeError(
+                    f"state_dtype: {wanted!r} is for float32, bfloat16 and float16 parameters in "
+                    f"host memory, but params{suffix} is {param.dtype}"
+                    + ("" if gpu.is_on_host(param) else " on a GPU")
+                )
+            if wanted == "8bit":
+                arrays[key] = new_array((param.size,), code_dtype(key))
+                arrays[key + UNITS] = new_array((-(-param.size // BLOCK),), np.dtype(np.float32))
+                extras.append(arrays[key + UNITS])
+                continue
+            extras.append(None)
+            compute = np.dtype(np.float32) if narrow else dtype
+            arrays[key] = zeros_like(param, bfloat16() if wanted == "bfloat16" else compute)
+        if beside is not None:
+            name, beside_dtype = beside
+            arrays[name] = extras[0] = zeros_like(param, np.dtype(beside_dtype))
+            if name == "master":
+                arrays[name][...] = param
+        return arrays, extras
+
+    def _dtype(self, key: str) -> str | None:
+        if not isinstance(self.state_dtype, Mapping):
+            return self.state_dtype
+        # The largest second moment is kept as the second moment is.
+        return self.state_dtype.get(key, self.state_dtype.get(key.removeprefix("max_")))
+
+
+def fresh(param: Any, own: Mapping[str, Any]) -> dict[str, Array]:
+    """Return the values that state arrays have before the first step."""
+    return {
+        key: gpu.to_host(param).astype(np.float32)
+        if key == "master"
+        else np.zeros((), gpu.dtype_of(array))
+        for key, array in own.items()
+    }
+
+
+def converted(
+    entry: Mapping[str, Any], key: str, own: Mapping[str, Any], param: Any, where: str
+) -> dict[str, Array]:
+    """Return the values of one state array, and of its units, from a saved entry.
+
+    What was saved may be in another format than the optimizer's own.
+    """
+    mine = own[key]
+    dtype = gpu.dtype_of(mine)
+    saved = gpu.to_host(entry[key])
+    units = entry.get(key + UNITS)
+    if units is not None:
+        units = gpu.to_host(units)
+        _check(saved, (param.size,), code_dtype(key), f"{where}[{key!r}]")
+        wanted = (-(-param.size // BLOCK),)
+        _check(units, wanted, np.dtype(np.float32), f"{where}[{key + UNITS!r}]")
+        if key + UNITS in own:
+            return {key: saved, key + UNITS: units}
+        return {key: decode(saved, units, param).astype(dtype)}
+    if saved.shape != tuple(param.shape):
+        raise ValueError(
+            f"{where}[{key!r}]: shape {saved.shape}, but its parameter has shape "
+            f"{tuple(param.shape)}"
+        )
+    moment = key not in ("master", "correction")
+    if key + UNITS in own and moment and _is_moment_dtype(saved.dtype):
+        codes, own_units = np.empty_like(mine), np.empty_like(own[key + UNITS])
+        encode(saved, codes, own_units, param)
+        return {key: codes, key + UNITS: own_units}
+    if moment and _is_moment_dtype(saved.dtype) and _is_moment_dtype(dtype):
+        return {key: saved.astype(dtype)}
+    if saved.dtype != dtype:
+        raise TypeError(f"{where}[{key!r}]: {saved.dtype}, but its parameter is {param.dtype}")
+    return {key: saved}
+
+
+def _is_moment_dtype(dtype: np.dtype[Any]) -> bool:
+    return dtype.name in ("float32", "bfloat16")
+
+
+def _check(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{where}: shape {array.shape}, but {shape} is expected")
+    if array.dtype != dtype:
+        raise TypeError(f"{where}: {array.dtype}, but {dtype} is expected")
+
+
+def loses_small_steps(param: Any, storage: Storage) -> bool:
+    return gpu.dtype_of(param).itemsize == 2 and storage.master_weights is None
+
+
+def code_dtype(key: str) -> np.dtype[Any]:
+    """Return the type of the codes of a moment: only a second one has no sign."""
+    return np.dtype(np.uint8 if key.endswith("_sq") else np.int8)
+
+
+def bfloat16() -> np.dtype[Any]:
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise ImportError("bfloat16 needs ml_dtypes: pip install 'fusedstep[bfloat16]'") from error
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
+
+
+def zeros_like(param: Any, dtype: np.dtype[Any]) -> Any:
+    """Return zeros in the parameter's layout. On a GPU the parameter's own library allocates."""
+    if not gpu.is_on_host(param):
+        return gpu.zeros_like(param)
+    strides = np.empty_like(param, dtype, order="K", subok=False).strides
+    return new_array(param.shape, dtype, strides)
+
+
+def new_array(
+    shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...] | None = None
+) -> Array:
+    """Return zeros on whole cache lines.
+
+    The pages are first touched by the threads that will update them.
+    """
+    cache_line = 64
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.empty(size + cache_line, np.uint8)
+    _core.fill_zero(memory)
+    offset = -memory.__array_interface__["data"][0] % cache_line
+    return np.ndarray(shape, dtype, memory, offset, strides)
+
+
+def decode(codes: Array, units: Array, like: Array) -> Array:
+    """Return what 8-bit codes stand for, as float32 in the shape of a parameter.
+
+    Parameters
+    ----------
+    codes : numpy.ndarray
+        int8 or uint8, a vector.
+    units : numpy.ndarray
+        float32, one for each 64 codes.
+    like : numpy.ndarray
+        The parameter, in the order of whose memory the codes are.
+
+    Returns
+    -------
+    numpy.ndarray
+    """
+    values = np.empty(codes.size, np.float32)
+    _core.decode_8bit(np.ascontiguousarray(codes), np.ascontiguousarray(units), values)
+    order = _memory_order(like)
+    shape = [like.shape[d] for d in order]
+    decoded: Array = values.reshape(shape).transpose(np.argsort(order))
+    return decoded
+
+
+def encode(values: Array, codes: Array, units: Array, like: Array) -> None:
+    """Round float32 values in the shape of a parameter into 8-bit codes."""
+    flat = np.array(values, np.float32).transpose(_memory_order(like)).ravel()
+    _core.encode_8bit(flat, codes, units)
+
+
+def _memory_order(array: Array) -> list[int]:
+    """Return the dimensions in the order in which a step walks an array."""
+    return sorted(range(array.ndim), key=lambda d: -abs(array.strides[d]))
