@@ -367,7 +367,7 @@ def gradient(make):
         (gradient(lambda p, g: list(g.values())), TypeError, "grads: expected a dict, got list"),
         (gradient(lambda p, g: g | {"b": p["w"].reshape(-1)[:10].view("d")[:5]}), ValueError,
          r"grads\['b'\]: overlaps params\['w'\]"),
-        (gradient(lambda p, g: p), ValueError, r"grads\['w'\]: overlaps params\['w'\]"),
+        (gradient(lambda p, g: p), ValueError, r"grads\['b'\]: overlaps params\['b'\]"),
         (hyper("lr", float("nan")), ValueError, "lr"),
         (hyper("eps", "small"), TypeError, "eps"),
         (hyper("lr", lambda t: -t), ValueError, "lr"),

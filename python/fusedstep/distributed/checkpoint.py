@@ -193,10 +193,13 @@ def _description(
 
 
 def _write_index(description: dict[str, Any], path: Path) -> None:
-    text = json.dumps(description, default=_plain_number)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    path.write_text(json.dumps({"sha256": digest, "content": text}, indent=0))
+    plain = json.loads(json.dumps(description, default=_plain_number))
+    path.write_text(json.dumps({"sha256": _json_digest(plain), **plain}, indent=1))
     sync(path)
+
+
+def _json_digest(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _prune(folder: Path, keep: int) -> None:
@@ -241,16 +244,14 @@ def _candidates(folder: Path) -> list[Path]:
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        outer = json.loads((path / INDEX).read_text())
-        text = outer["content"]
-        fits = outer["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+        index: dict[str, Any] = json.loads((path / INDEX).read_text())
+        fits = index.pop("sha256") == _json_digest(index)
     except FileNotFoundError as error:
         raise _Damaged(f"no {INDEX}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _Damaged(f"{INDEX} is truncated or altered") from error
     if not fits:
         raise _Damaged(f"{INDEX} is altered: its checksum does not fit")
-    index: dict[str, Any] = json.loads(text)
     return index
 
 
