@@ -127,7 +127,7 @@ def agree(engine: Engine, error: Exception | None, fact: str = "", what: str = "
     Raises
     ------
     Exception
-        The first rank's error, of its type where that is a common one.
+        The error of the first rank that has one.
     ValueError
         The facts differ.
     """
@@ -140,10 +140,10 @@ def agree(engine: Engine, error: Exception | None, fact: str = "", what: str = "
     engine.all_gather(states.reshape(-1)).wait()
     failed, hashes = states[:, 0], states[:, 1]
     if failed.any():
-        texts = gather_text(engine, f"{type(error).__name__} {error}" if error else "")
+        texts = gather_text(engine, f"{_kind(error)} {error}" if error else "")
         first = int(failed.argmax())
         kind, _, text = texts[first].partition(" ")
-        raise _KINDS.get(kind, RuntimeError)(f"rank {first}: {text}") from error
+        raise _KINDS[kind](f"rank {first}: {text}") from error
     if (hashes != hashes[0]).any():
         facts = gather_text(engine, fact)
         other = int((hashes != hashes[0]).argmax())
@@ -154,8 +154,15 @@ def agree(engine: Engine, error: Exception | None, fact: str = "", what: str = "
 
 
 _KINDS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (FileNotFoundError, ImportError, OSError, TypeError, ValueError)
+    kind.__name__: kind
+    for kind in (FileNotFoundError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 }
+
+
+def _kind(error: Exception) -> str:
+    """Return the name of the nearest type that the other ranks know."""
+    names = (kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS)
+    return next(names, RuntimeError.__name__)
 
 
 def _hash(text: str) -> int:

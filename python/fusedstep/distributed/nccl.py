@@ -37,9 +37,9 @@ class NcclEngine:
             from cupy.cuda import nccl
 
             if not nccl.available:
-                raise ImportError("this CuPy finds no NCCL; see cupy.show_config()")
+                error = ImportError("NcclEngine: this CuPy finds no NCCL; see cupy.show_config()")
         except ImportError as failure:
-            error = failure
+            error = ImportError(f"NcclEngine needs CuPy ({failure}): pip install cupy-cuda13x")
         agree(self._host, error)
         self._cupy = cupy
         self._nccl = nccl

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from ..optim import Grads, Params
     from .checkpoint import Loaded
 
+BUCKET_BYTES = 16 << 20
 # How many buckets are under way in each direction.
-_DEPTH = 2
+DEPTH = 2
 
 
 class StepInfo(NamedTuple):
@@ -104,7 +105,7 @@ class ShardedOptimizer:
         comm: Any = None,
         *,
         reduction: str = "mean",
-        bucket_bytes: int = 16 << 20,
+        bucket_bytes: int = BUCKET_BYTES,
         **hyper: Any,
     ) -> None:
         self._engine = as_engine(comm)
@@ -195,7 +196,7 @@ class ShardedOptimizer:
             size = bucket.slice_size * self.size
             largest[bucket.dtype] = max(size, largest.get(bucket.dtype, 0))
         for buffers in (self._sent, self._gathered):
-            buffers += [{d: empty(n, d) for d, n in largest.items()} for _ in range(_DEPTH)]
+            buffers += [{d: empty(n, d) for d, n in largest.items()} for _ in range(DEPTH)]
 
     @property
     def rank(self) -> int:
@@ -336,9 +337,9 @@ class ShardedOptimizer:
         """Reduce the gradients bucket by bucket; yield each bucket once its slice is there."""
         under_way: deque[tuple[int, Any]] = deque()
         for b, bucket in enumerate(self._buckets):
-            if len(under_way) == _DEPTH:
+            if len(under_way) == DEPTH:
                 yield self._finish_reduction(*under_way.popleft())
-            buffer = self._sent[b % _DEPTH][bucket.dtype][: bucket.slice_size * self.size]
+            buffer = self._sent[b % DEPTH][bucket.dtype][: bucket.slice_size * self.size]
             pack(flat, bucket.parts, buffer)
             under_way.append((b, self._engine.reduce_scatter(buffer, self._slices[b])))
         while under_way:
@@ -370,7 +371,7 @@ class ShardedOptimizer:
         """Step the slice of each bucket that is ready, and gather its parameters."""
         under_way: deque[tuple[int, Any]] = deque()
         for b in ready:
-            if len(under_way) == _DEPTH:
+            if len(under_way) == DEPTH:
                 self._finish_gathering(*under_way.popleft())
             parts = [
                 [
@@ -409,7 +410,7 @@ class ShardedOptimizer:
 
     def _gather_buffer(self, b: int) -> Any:
         bucket = self._buckets[b]
-        return self._gathered[b % _DEPTH][bucket.dtype][: bucket.slice_size * self.size]
+        return self._gathered[b % DEPTH][bucket.dtype][: bucket.slice_size * self.size]
 
     @property
     def name(self) -> str:
