@@ -171,6 +171,35 @@ def test_clipping_is_decided_once_and_does_not_depend_on_the_number_of_ranks(cli
 
 
 @every_size
+def test_parameters_without_gradients_do_not_count_in_the_norm(size):
+    def job(engine):
+        params = [np.ones(3000), np.ones(3000)]
+        optimizer = ShardedOptimizer(fs.Adam, params, engine, bucket_bytes=4096)
+        optimizer.step([np.full(3000, 2.0), np.full(3000, 2.0)], clip_norm=1.0)
+        return optimizer.step([None, np.full(3000, 2.0)], clip_norm=1.0).grad_norm
+
+    assert run_ranks(size, job) == pytest.approx([2 * np.sqrt(3000)] * size)
+
+
+@every_size
+def test_a_schedule_is_given_the_step_of_its_own_group(size):
+    def job(engine):
+        numbers = []
+
+        def schedule(t):
+            numbers.append(t)
+            return 1e-3
+
+        params = [{"params": np.ones(600)}, {"params": [np.ones(2000)], "lr": schedule}]
+        optimizer = ShardedOptimizer(fs.Adam, params, engine, bucket_bytes=4096)
+        for grad in (np.ones(2000), None, np.ones(2000)):
+            optimizer.step([np.ones(600), [grad]])
+        return numbers
+
+    assert run_ranks(size, job) == [[1, 2, 2]] * size
+
+
+@every_size
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_skipping_is_decided_once_and_changes_nothing(size, bad, dtype):
