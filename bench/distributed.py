@@ -19,6 +19,7 @@ import numpy as np
 import fusedstep as fs
 from fusedstep.distributed import MpiEngine, ShardedOptimizer
 from fusedstep.distributed.plan import cost
+from fusedstep.distributed.sharded import DEPTH
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,12 +56,18 @@ def main(argv: list[str] | None = None) -> None:
 
     owned = np.zeros(-(-count // ranks), np.float32)
     whole, own_grad = param.copy(), np.ones_like(owned)
-    alone, buffer, recv = fs.Adam(owned), *buckets(args.bucket_bytes, count, ranks)
+    alone = fs.Adam(owned)
+    size = max(1, min(args.bucket_bytes // 4, count) // ranks)
+    sent_buffers, gathered = (
+        [np.zeros(size * ranks, np.float32) for _ in range(DEPTH)] for _ in range(2)
+    )
 
     def communicate() -> None:
-        for _ in range(-(-count // len(buffer))) if ranks > 1 else ():
-            engine.reduce_scatter(buffer, recv).wait()
-            engine.all_gather(buffer).wait()
+        for b, start in enumerate(range(0, len(owned), size) if ranks > 1 else ()):
+            recv = own_grad[start : start + size]
+            send = sent_buffers[b % DEPTH][: len(recv) * ranks]
+            engine.reduce_scatter(send, recv).wait()
+            engine.all_gather(gathered[b % DEPTH][: len(send)]).wait()
 
     def update() -> None:
         if ranks > 1:
@@ -87,11 +94,6 @@ def main(argv: list[str] | None = None) -> None:
         step, wire, update_alone = (1e3 * s for s in slowest)
         low, high = max(wire, update_alone), wire + update_alone
         print(f"| step, ms | {low:.1f} to {high:.1f} | {step:.1f} |")
-
-
-def buckets(bucket_bytes: int, count: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    size = max(1, min(bucket_bytes // 4, count) // ranks)
-    return np.zeros(size * ranks, np.float32), np.zeros(size, np.float32)
 
 
 def median_seconds(comm: object, function: Callable[[], object], repeats: int) -> float:

@@ -100,15 +100,21 @@ def test_a_kill_at_any_moment_leaves_the_newest_complete_checkpoint(tmp_path, vi
 
 
 @pytest.mark.parametrize(
-    ("how", "limit"), [("killed", 10), ("stopped", 2 + 10), ("raised", 2 + 10)]
+    ("how", "started", "limit"),
+    [
+        ("killed", (), 10),
+        ("stopped", (), 2 + 10),
+        ("raised", (), 2 + 10),
+        ("raised", ("-m", "mpi4py"), 10),
+    ],
 )
-def test_a_lost_rank_ends_the_job(how, limit):
-    with mpi_launcher.Job(3, SCRIPT, "lose_a_rank", how) as job:
+def test_a_lost_rank_ends_the_job(how, started, limit):
+    with mpi_launcher.Job(3, *started, SCRIPT, "lose_a_rank", how) as job:
         lost = float(job.process.stdout.readline())
         status, _, err = job.finish(timeout=60)
         assert status != 0
         assert time.time() - lost < limit
-    if how != "killed":
+    if how == "stopped" or (how == "raised" and not started):
         assert "has waited 2 s for the others in" in err
         assert "resume it from its newest checkpoint" in err
 

@@ -61,6 +61,11 @@ class Parameters:
             self.suffixes += _suffixes(structure, names, f"[{number}]" if self.by_group else "")
         for array, suffix in zip(self.arrays, self.suffixes, strict=True):
             _core.check_parameter(array, suffix)
+            if module_of(array) is None or module_of(array) is not module_of(self.arrays[0]):
+                raise TypeError(
+                    f"params{suffix}: {_kind(array)}; a sharded optimizer takes NumPy arrays or "
+                    f"CuPy arrays, all of one kind"
+                )
             if not array.flags.c_contiguous:
                 raise ValueError(
                     f"params{suffix}: not C-contiguous, but a sharded optimizer cuts parameters "

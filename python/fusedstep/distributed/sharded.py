@@ -272,9 +272,11 @@ class ShardedOptimizer:
         norm = None
         ready: Iterable[int] = self._reduced(flat)
         if clip_norm is not None or skip_nonfinite:
-            slices = self._all_slices(flat, ready)
+            with self._unfinished_until_done(self.size > 1):
+                slices = self._all_slices(flat, ready)
+                norm = global_norm(self._engine, self._buckets, slices, self._chunks)
             ready = range(len(self._buckets))
-            norm = grad_scale * global_norm(self._engine, self._buckets, slices, self._chunks)
+            norm *= grad_scale
             if not np.isfinite(norm):
                 if skip_nonfinite:
                     return StepInfo(norm, True)
@@ -304,8 +306,8 @@ class ShardedOptimizer:
             )
 
     @contextmanager
-    def _unfinished_until_done(self) -> Iterator[None]:
-        self._unfinished = True
+    def _unfinished_until_done(self, while_under_way: bool = True) -> Iterator[None]:
+        self._unfinished = while_under_way
         yield
         self._unfinished = False
 
