@@ -1,8 +1,12 @@
 """Checkpoints of sharded optimizers: exact for any number of ranks, and never half a one."""
 
+import itertools
 import json
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +102,16 @@ def test_hyper_parameters_and_steps_come_back(tmp_path):
         k: v for k, v in optimizer.param_groups[0].items() if k != "params"
     }
     assert other._steps == [3, 2, 3, 3]
+
+
+def test_extra_comes_back_as_it_was(tmp_path):
+    state = np.random.default_rng(1).bit_generator.state
+    extra = {"state": state, "epoch": np.int64(3), "losses": [0.5, np.float32(0.25)], "none": None}
+    _, optimizer = made(None)
+    optimizer.save(tmp_path, extra=extra)
+    loaded = optimizer.load(tmp_path).extra
+    assert loaded == extra
+    assert type(loaded["epoch"]) is int
 
 
 def test_only_the_newest_stay(tmp_path):
@@ -304,6 +318,75 @@ def test_what_a_killed_save_leaves_is_neither_loaded_nor_kept(tmp_path):
     assert optimizer.load(tmp_path).path == newest
     optimizer.save(tmp_path)
     assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
+
+
+# What a save does to the disk; it may end before and after each.
+DISK = [
+    (checkpoint, "write_synced"),
+    (checkpoint, "sync"),
+    (checkpoint.shutil, "rmtree"),
+    (Path, "mkdir"),
+    (Path, "write_text"),
+    (Path, "rename"),
+]
+
+
+def die_at(moment):
+    """End this process, as a kill would, at the `moment`-th of those moments."""
+    passed = itertools.count()
+
+    def ended(original):
+        def wrapper(*arguments, **options):
+            if next(passed) == moment:
+                os._exit(9)
+            result = original(*arguments, **options)
+            if next(passed) == moment:
+                os._exit(9)
+            return result
+
+        return wrapper
+
+    for owner, name in DISK:
+        setattr(owner, name, ended(getattr(owner, name)))
+
+
+def die_everywhere(folder):
+    """Resume, step and save in a child that dies at one moment after the other."""
+    step = 0
+    for moment in itertools.count():
+        child = os.fork()
+        weights, optimizer = made(None, seed=9 if step else 0)
+        loaded = optimizer.load(folder)
+        assert (loaded.extra if loaded else 0) == step
+        if child == 0:
+            train(optimizer, weights, [step + 1])
+            die_at(moment)
+            optimizer.save(folder, extra=step + 1, keep=1)
+            os._exit(0)
+        died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert died in (0, 9)
+        loaded = optimizer.load(folder)
+        assert (loaded.extra if loaded else 0) in (step, step + 1)
+        step = loaded.extra if loaded else 0
+        assert not step or bits(weights) == unbroken(step)
+        if died == 0:
+            print("moments:", moment, "steps:", step)
+            return
+
+
+def test_a_save_may_end_at_every_moment(tmp_path):
+    code = "import sys, test_distributed_checkpoint as t; t.die_everywhere(sys.argv[1])"
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(tmp_path)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr
+    moments, steps = map(int, re.findall(r"\d+", result.stdout))
+    assert moments >= 2 * len(DISK)
+    assert 0 < steps < moments
 
 
 @pytest.mark.parametrize(

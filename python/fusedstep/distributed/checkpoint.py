@@ -104,9 +104,9 @@ def load(optimizer: ShardedOptimizer, path: str | PathLike[str]) -> Loaded | Non
     for candidate in candidates:
         problem, index = _verified(engine, candidate)
         if index is not None:
+            _take_over(optimizer, candidate, index)
             if skipped and engine.rank == 0:
                 warnings.warn("; ".join(skipped), RuntimeWarning, stacklevel=3)
-            _take_over(optimizer, candidate, index)
             return Loaded(candidate, index["extra"], tuple(skipped))
         skipped.append(f"skipped {candidate}: {problem}")
     raise ValueError(f"{folder}: no complete checkpoint: {'; '.join(skipped)}")
@@ -127,8 +127,11 @@ def _raised_together(engine: Any) -> Iterator[None]:
 
 
 def _extra_text(extra: Any) -> str:
+    def plain(value: Any) -> Any:
+        return value.item() if isinstance(value, np.generic) else _plain_number(value)
+
     try:
-        return json.dumps(extra, default=_plain_number)
+        return json.dumps(extra, default=plain)
     except (TypeError, ValueError) as error:
         raise TypeError(f"extra: expected what JSON can hold ({error})") from error
 

@@ -118,10 +118,10 @@ class ShardedOptimizer:
             self._mean = reduction == "mean"
             self._deal_out(optimizer, params, hyper, bucket_bytes)
             facts = self._facts(f"reduction {reduction!r}, bucket_bytes {bucket_bytes}")
+            self._allocate_buffers()
         except Exception as failure:
             error = failure
         agree(self._engine, error, facts, "how the optimizer is made")
-        self._allocate_buffers()
         self._unfinished = False
 
     def _deal_out(
@@ -142,11 +142,15 @@ class ShardedOptimizer:
         else:
             owned = [(b, p) for b, bucket in enumerate(self._buckets)
                      for p in bucket.slice_parts(self.rank)]  # fmt: skip
-        # By group, as the ordinary optimizer has them: the bucket and the part of its slice.
-        group_of = all_params.group_of
-        self._own: list[list[tuple[int, Part]]] = [[] for _ in all_params.members]
+        # This rank's parts by group, as the ordinary optimizer has them, and where those of a
+        # bucket are there: group, index and part (whose offset counts from the bucket's slice).
+        self._own: list[list[Part]] = [[] for _ in all_params.members]
+        self._in_bucket: list[list[tuple[int, int, Part]]] = [[] for _ in self._buckets]
         for b, part in owned:
-            self._own[group_of[part.param]].append((b, part))
+            number = all_params.group_of[part.param]
+            if self.size > 1:
+                self._in_bucket[b].append((number, len(self._own[number]), part))
+            self._own[number].append(part)
         given: Any = params if all_params.by_group else [{}]
         groups = [dict(group) for group in given]
         # Behind the parts an empty parameter of each dtype. A step of these alone changes nothing
@@ -156,7 +160,7 @@ class ShardedOptimizer:
         for group, own, members in zip(groups, self._own, all_params.members, strict=True):
             by_dtype = {all_params.flat[i].dtype: all_params.flat[i] for i in members}
             empty = [flat[:0].copy() for flat in by_dtype.values()]
-            views = [all_params.flat[p.param][p.start : p.stop] for _, p in own]
+            views = [all_params.flat[p.param][p.start : p.stop] for p in own]
             group["params"] = views + empty
             self._checks.append([None] * len(views) + [array.copy() for array in empty])
             self._no_checks.append([None] * len(empty))
@@ -289,7 +293,7 @@ class ShardedOptimizer:
                 self._inner.step(self._checks, grad_scale=grad_scale)
         if self.size == 1:
             self._step_parts(
-                [[flat[part.param] for _, part in group] for group in self._own], grad_scale
+                [[flat[part.param] for part in group] for group in self._own], grad_scale
             )
         else:
             with self._unfinished_until_done():
@@ -375,16 +379,11 @@ class ShardedOptimizer:
         for b in ready:
             if len(under_way) == DEPTH:
                 self._finish_gathering(*under_way.popleft())
-            parts = [
-                [
-                    self._slices[b][part.place]
-                    if bucket == b and flat[part.param] is not None
-                    else None
-                    for bucket, part in group
-                ]
-                for group in self._own
-            ]
-            self._step_parts(parts, grad_scale)
+            grads: list[list[Any]] = [[None] * len(group) for group in self._own]
+            for group, index, part in self._in_bucket[b]:
+                if flat[part.param] is not None:
+                    grads[group][index] = self._slices[b][part.place]
+            self._step_parts(grads, grad_scale)
             under_way.append((b, self._start_gathering(b)))
         while under_way:
             self._finish_gathering(*under_way.popleft())
@@ -427,7 +426,7 @@ class ShardedOptimizer:
         state = iter(self._inner.state.values())
         for group, own in zip(self._inner.param_groups, self._own, strict=True):
             entries = [next(state) for _ in group["params"]]
-            for (_, part), view, entry in zip(own, group["params"], entries, strict=False):
+            for part, view, entry in zip(own, group["params"], entries, strict=False):
                 arrays = {key: array for key, array in entry.items() if key != "step"}
                 yield part.param, part.start, {"param": view, **arrays}
 
@@ -443,7 +442,7 @@ class ShardedOptimizer:
         index = 0
         for inner, own, hyper in zip(self._inner.param_groups, self._own, groups, strict=True):
             first = index
-            for _, part in own:
+            for part in own:
                 arrays = {k: v for k, v in next(entries).items() if k != "param"}
                 state_dict["state"][index] = {"step": steps[part.param], **arrays}
                 index += 1
