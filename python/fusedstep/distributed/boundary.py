@@ -169,8 +169,10 @@ def pack(flat: Sequence[Any], parts: Any, buffer: Any) -> None:
 
 
 def as_array(value: Any) -> Any:
-    """Return a PyTorch tensor's memory as an array, and anything else as it is."""
-    return value.detach().numpy() if hasattr(value, "detach") else value
+    """Return the memory of a PyTorch tensor of the host as an array, and anything else as it is."""
+    if hasattr(value, "detach") and value.device.type == "cpu":
+        return value.detach().numpy()
+    return value
 
 
 def module_of(array: Any) -> Any:

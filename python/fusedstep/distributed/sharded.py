@@ -268,7 +268,8 @@ class ShardedOptimizer:
             self._inner.step(self._checks, grad_scale=grad_scale)
             if clip_norm is not None and not 0 < clip_norm < float("inf"):
                 raise ValueError(f"clip_norm: expected a finite number > 0, got {clip_norm!r}")
-            facts = self._step_facts(flat, (grad_scale, clip_norm, skip_nonfinite))
+            if self.size > 1:
+                facts = self._step_facts(flat, (grad_scale, clip_norm, skip_nonfinite))
         except Exception as failure:
             error = failure
         agree(self._engine, error, facts, "the step")
