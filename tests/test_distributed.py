@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -240,6 +241,56 @@ def test_state_falls_as_one_over_the_number_of_ranks():
         assert max(m["state"] for m in memory) == 8 * slice_size
         assert {m["params"] for m in memory} == {4 * count}
         assert {m["grad_slice"] for m in memory} == ({4 * slice_size} if size > 1 else {0})
+
+
+class Logged:
+    """An engine that notes when operations on float32 begin and when they are waited for."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.rank, self.size = engine.rank, engine.size
+        self.log = []
+
+    def __getattr__(self, name):
+        def started(*buffers):
+            request = getattr(self._engine, name)(*buffers)
+            if buffers[0].dtype != np.float32:
+                return request
+            self.log.append(f"{name} begins")
+            return types.SimpleNamespace(
+                wait=lambda: (request.wait(), self.log.append(f"{name} ends"))
+            )
+
+        return started
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}])
+def test_communication_is_under_way_while_a_bucket_is_updated(options):
+    def job(engine):
+        logged = Logged(engine)
+        param = np.ones(2048, np.float32)  # four buckets
+        optimizer = ShardedOptimizer(fs.GD, param, logged, bucket_bytes=2048)
+        step_parts = optimizer._step_parts
+
+        def update(*arguments):
+            logged.log.append("update")
+            step_parts(*arguments)
+
+        optimizer._step_parts = update
+        optimizer.step(np.ones(2048, np.float32), **options)
+        return logged.log
+
+    for log in run_ranks(2, job):
+        under_way = []
+        for i, event in enumerate(log):
+            if event == "update":
+                began = [e.split()[0] for e in log[:i] if e.endswith("begins")]
+                ended = [e.split()[0] for e in log[:i] if e.endswith("ends")]
+                names = ("reduce_scatter", "all_gather")
+                under_way.append(tuple(began.count(n) - ended.count(n) for n in names))
+        reducing = (0, 0, 0, 0) if options else (1, 1, 1, 0)
+        assert under_way == list(zip(reducing, (0, 1, 1, 1), strict=True))
+        assert log.count("all_gather ends") == 4
 
 
 def test_gradients_that_are_not_contiguous():
