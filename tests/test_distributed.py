@@ -362,6 +362,8 @@ def made_differently(**by_rank):
         ({"lr": 0.5}, ValueError, "'lr'.*0.001.*rank 1.*0.5"),
         ({"lr": -1}, ValueError, "rank 1: .*lr"),
         ({"momentum": 1}, TypeError, "rank 1: .*momentum"),
+        ({"capturable": True}, ValueError, "rank 1: capturable: not in a sharded optimizer"),
+        ({"params": np.ones(10, np.float16)}, TypeError, "rank 1: params: float16"),
         ({"reduction": "max"}, ValueError, "rank 1: reduction: expected 'mean' or 'sum'"),
         ({"bucket_bytes": 0}, ValueError, "rank 1: bucket_bytes"),
         ({"bucket_bytes": 99}, ValueError, "bucket_bytes 16777216, rank 1 has .*bucket_bytes 99"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _core
+from ..gpu import to_host
 from ..optim import _are_groups, _structure, _suffixes
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ class Parameters:
                 raise TypeError(
                     f"params{suffix}: {_kind(array)}; a sharded optimizer takes NumPy arrays or "
                     f"CuPy arrays, all of one kind"
+                )
+            if array.dtype not in (np.float32, np.float64):  # what the engines can add
+                raise TypeError(
+                    f"params{suffix}: {array.dtype}; a sharded optimizer takes float32 and float64"
                 )
             if not array.flags.c_contiguous:
                 raise ValueError(
@@ -184,11 +189,6 @@ def module_of(array: Any) -> Any:
 
         return cupy
     return None
-
-
-def to_host(array: Any) -> Any:
-    """Return a NumPy array with the elements of `array`: itself where it is one."""
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def _address(array: Any) -> int:

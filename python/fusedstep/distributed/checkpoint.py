@@ -23,7 +23,7 @@ import numpy as np
 
 from .. import __version__
 from ..checkpoint import _plain_number, _safetensors, restored_groups, sync, write_synced
-from .boundary import to_host
+from ..gpu import to_host
 from .engine import agree, gather_text
 
 if TYPE_CHECKING:

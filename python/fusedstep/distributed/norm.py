@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .boundary import to_host
+from ..gpu import to_host
 from .engine import Engine
 from .layout import CHUNK, Bucket
 

@@ -153,6 +153,10 @@ class ShardedOptimizer:
             self._own[number].append(part)
         given: Any = params if all_params.by_group else [{}]
         groups = [dict(group) for group in given]
+        if hyper.get("capturable"):
+            raise ValueError(
+                "capturable: not in a sharded optimizer; a CUDA graph cannot hold its communication"
+            )
         # Behind the parts an empty parameter of each dtype. A step of these alone changes nothing
         # but checks all numbers; and a group may have nothing else on this rank.
         self._checks: list[list[Any]] = []
