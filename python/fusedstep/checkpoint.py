@@ -23,7 +23,6 @@ FORMAT = "fusedstep-optimizer-1"
 
 def save_state(optimizer: str, state_dict: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a `state_dict` to a file, which takes its name only once it is complete on disk."""
-    save = _safetensors().numpy.save_file
     tensors = {}
     steps = {}
     bfloat16: list[str] = []  # which safetensors does not take from NumPy
@@ -55,13 +54,12 @@ def save_state(optimizer: str, state_dict: Mapping[str, Any], path: str | os.Pat
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         os.close(handle)
-        save(tensors, temporary, metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        write_synced(temporary, tensors, metadata)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+        sync(path.parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -95,10 +93,29 @@ def load_state(optimizer: str, path: str | os.PathLike[str]) -> dict[str, Any]:
         index, key = name.split(".")
         is_bfloat16 = name in saved["bfloat16"]
         state[int(index)][key] = tensor.view(narrow.bfloat16()) if is_bfloat16 else tensor
-    for group in saved["param_groups"]:
-        if "betas" in group:
-            group["betas"] = tuple(group["betas"])
-    return {"state": state, "param_groups": saved["param_groups"]}
+    return {"state": state, "param_groups": restored_groups(saved["param_groups"])}
+
+
+def write_synced(
+    path: str | os.PathLike[str], tensors: Mapping[str, NDArray[Any]], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file, and return once it is on disk."""
+    _safetensors().numpy.save_file(tensors, os.fspath(path), metadata)
+    sync(path)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Return once a file, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def restored_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return hyper-parameters with the tuples that JSON has made lists of."""
+    return [{**g, "betas": tuple(g["betas"])} if "betas" in g else g for g in groups]
 
 
 def _digest(description: str, tensors: Mapping[str, NDArray[Any]]) -> str:

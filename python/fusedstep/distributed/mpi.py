@@ -1,0 +1,105 @@
+"""The engine of jobs that were started with mpirun, on mpi4py."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any, NoReturn
+
+import numpy as np
+
+from .engine import Request
+
+# A rank that waits yields the processor for this long, in seconds, then sleeps between its looks.
+_YIELD = 0.2
+_SLEEP = 1e-3
+
+
+class MpiEngine:
+    """Collective operations of an MPI communicator.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm, optional
+        ``MPI.COMM_WORLD`` by default. It is duplicated: messages of others on it do no harm.
+    timeout : float
+        Seconds. A rank that has waited so long for the others says so on stderr and ends the whole
+        job (``MPI_Abort``, exit status 74).
+
+    Raises
+    ------
+    ImportError
+        mpi4py is not installed, or finds no MPI library.
+    ValueError
+        `timeout` is not positive.
+    """
+
+    def __init__(self, comm: Any = None, *, timeout: float = 300.0) -> None:
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            raise ImportError(
+                "MpiEngine needs mpi4py and an MPI library: pip install mpi4py mpich"
+            ) from error
+        if not timeout > 0:
+            raise ValueError(f"timeout: expected a number of seconds > 0, got {timeout!r}")
+        self._mpi = MPI
+        self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
+        self._timeout = timeout
+        self.rank: int = self._comm.Get_rank()
+        self.size: int = self._comm.Get_size()
+
+    def reduce_scatter(self, send: Any, recv: Any) -> Request:
+        _synchronise(send)
+        return self._started(self._comm.Ireduce_scatter_block(send, recv), "reduce_scatter")
+
+    def all_gather(self, buffer: Any) -> Request:
+        _synchronise(buffer)
+        return self._started(self._comm.Iallgather(self._mpi.IN_PLACE, buffer), "all_gather")
+
+    def all_reduce(self, buffer: Any) -> Request:
+        _synchronise(buffer)
+        return self._started(self._comm.Iallreduce(self._mpi.IN_PLACE, buffer), "all_reduce")
+
+    def _started(self, request: Any, operation: str) -> Request:
+        return _MpiRequest(self, request, operation)
+
+    def _abort(self, operation: str) -> NoReturn:
+        print(
+            f"fusedstep: rank {self.rank} of {self.size} has waited {self._timeout:g} s for the "
+            f"others in {operation}; one of them has stopped. Ending the job: resume it from its "
+            f"newest checkpoint (MpiEngine(timeout=...) sets the time).",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._comm.Abort(74)
+        os._exit(74)
+
+
+class _MpiRequest:
+    def __init__(self, engine: MpiEngine, request: Any, operation: str) -> None:
+        self._engine = engine
+        self._request = request
+        self._operation = operation
+
+    def wait(self) -> None:
+        if self._request.Test():
+            return
+        start = time.monotonic()
+        while not self._request.Test():
+            waited = time.monotonic() - start
+            if waited > self._engine._timeout:
+                self._engine._abort(self._operation)
+            if waited < _YIELD:
+                os.sched_yield()
+            else:
+                time.sleep(_SLEEP)
+
+
+def _synchronise(buffer: Any) -> None:
+    """Have a GPU array complete in memory: MPI knows nothing of streams."""
+    if not isinstance(buffer, np.ndarray):
+        import cupy
+
+        cupy.cuda.get_current_stream().synchronize()
