@@ -63,6 +63,7 @@ public:
 private:
     enum class Library { none, cupy, torch, other };
 
+    bool describe(py::handle object, const ArrayName& name, ArrayView& view);
     void find_backend(py::handle array, const ArrayName& name);
     void view_cupy(py::handle array, const ArrayName& name, ArrayView& view);
     bool view_dlpack(py::handle array, const ArrayName& name, ArrayView& view);
