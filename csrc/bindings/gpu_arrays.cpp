@@ -115,17 +115,27 @@ Getter::Getter(py::handle type, const char* name) {
 }
 
 CupyReader::CupyReader(py::handle array)
-    : array_type_(py::type::of(array)),
-      memory_type_(py::type::of(array.attr("data"))),
+    : array_type_(py::type::of(array).release()),
+      memory_type_(py::type::of(array.attr("data")).release()),
       data_(array_type_, "data"),
       dtype_(array_type_, "dtype"),
       shape_(array_type_, "shape"),
+      strides_(array_type_, "strides"),
       dimensions_(array_type_, "ndim"),
       size_(array_type_, "size"),
       c_contiguous_(array_type_, "_c_contiguous"),
       pointer_(memory_type_, "ptr"),
       device_(memory_type_, "device_id"),
-      all_known_(data_ && dtype_ && shape_ && dimensions_ && size_ && c_contiguous_ && pointer_ && device_) {}
+      all_known_(data_ && dtype_ && shape_ && strides_ && dimensions_ && size_ && c_contiguous_ && pointer_ &&
+                 device_) {}
+
+py::object CupyReader::get(const Getter& getter, const char* name, py::handle object) const {
+    const py::handle type = py::type::handle_of(object);
+    if (!all_known_ || !(type.is(array_type_) || type.is(memory_type_))) return object.attr(name);
+    py::object value = getter(object);
+    if (!value) throw py::error_already_set();
+    return value;
+}
 
 char* CupyReader::contiguous_memory(py::handle array, py::handle dtype, const std::vector<py::ssize_t>& shape,
                                     int device) const {
@@ -190,7 +200,9 @@ bool GpuArrays::view(py::handle object, const ArrayName& name, ArrayView& view) 
 }
 
 bool GpuArrays::describe(py::handle object, const ArrayName& name, ArrayView& view) {
-    if (is_cupy_array(object)) {
+    const bool seen = cupy_ && cupy_->reads(object);
+    if (seen || is_cupy_array(object)) {
+        if (!seen) cupy_ = std::make_unique<CupyReader>(object);
         view_cupy(object, name, view);
         return true;
     }
@@ -227,17 +239,20 @@ void GpuArrays::find_backend(py::handle array, const ArrayName& name) {
 
 void GpuArrays::view_cupy(py::handle array, const ArrayName& name, ArrayView& view) {
     find_backend(array, name);
-    const py::object memory = array.attr("data");
-    const py::tuple shape = array.attr("shape"), strides = array.attr("strides");
-    view.data = reinterpret_cast<char*>(memory.attr("ptr").cast<uintptr_t>());
-    view.device = memory.attr("device_id").cast<int>();
-    view.known_dtype = read_dtype(array.attr("dtype").ptr(), view.dtype);
+    const py::object memory = cupy_->memory(array);
+    const py::tuple shape = cupy_->shape(array);
+    view.data = reinterpret_cast<char*>(cupy_->pointer(memory).cast<uintptr_t>());
+    view.device = cupy_->device(memory).cast<int>();
+    view.known_dtype = read_dtype(cupy_->dtype(array).ptr(), view.dtype);
     view.dimensions = checked_dimensions(static_cast<int64_t>(shape.size()));
     py::ssize_t* const extents = new_extents(view.dimensions);
     read_tuple(shape, view.dimensions, extents);
-    read_tuple(strides, view.dimensions, extents + view.dimensions);
     view.shape = extents;
     view.strides = extents + view.dimensions;
+    if (view.known_dtype && cupy_->is_c_contiguous(array))
+        set_c_strides(extents + view.dimensions, view, item_size(view.dtype));
+    else
+        read_tuple(cupy_->strides(array), view.dimensions, extents + view.dimensions);
     if (library_ == Library::cupy) return;
     const py::object stream = loaded_module("cupy").attr("cuda").attr("get_current_stream")(view.device);
     set_stream(Library::cupy, stream_handle(stream.attr("ptr")), name);
