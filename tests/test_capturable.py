@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(way, capturable, gpu, mon
 
     monkeypatch.setattr(CupyArray, "__reduce__", reduce, raising=False)
     # pickle looks the class up by its name
-    monkeypatch.setattr(__import__("sys").modules["cupy"], "ndarray", CupyArray)
+    monkeypatch.setattr(sys.modules["cupy"], "ndarray", CupyArray)
     grads = [CupyArray(float32(5)), CupyArray(float32(3, 2))]
     unbroken = make()
     unbroken.step(grads)

@@ -147,6 +147,18 @@ def test_a_list_is_split_into_few_launches(count, own_steps, launches, small, gp
     assert gpu.small_launch_count() - before[1] == small
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_thousand_tensors_are_one_launch_of_every_rule(rule, dtype, gpu):
+    rng = np.random.default_rng(0)
+    names = ("params", "grads", *RULES[rule][1])
+    arrays = {name: [np.abs(aligned(rng, 5, dtype)) for _ in range(1000)] for name in names}
+    views = {name: [lambda a: a] * 1000 for name in names}
+    before = gpu.launch_count()
+    both(rule, arrays, views, **({"step": 5} if RULES[rule][1] else {}))
+    assert gpu.launch_count() - before == 1
+
+
 def test_empty_tensors_launch_nothing(gpu):
     before = gpu.launch_count()
     fs.gd_step([CupyArray(np.empty(0))], [CupyArray(np.empty(0))])

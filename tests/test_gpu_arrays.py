@@ -10,6 +10,7 @@ import pytest
 from fake_gpu import Cupy, CupyArray, DlpackArray, InterfaceArray, float32
 
 import fusedstep as fs
+from fusedstep.commands import info
 
 pytest_plugins = ["cuda_on_host"]
 
@@ -177,10 +178,28 @@ def test_a_failing_dlpack_names_the_array(gpu):
 
     refused(
         TypeError,
-        "params[0]: __dlpack__ failed: requires grad",
+        "Failing cannot be read as a GPU array: requires grad",
         [Failing(float32(3))],
         [float32(3)],
     )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shape": None},
+        {"data": 5},
+        {"data": ("x", False)},
+        {"strides": "abc"},
+        {"strides": (4, 4)},
+        {"stream": "x"},
+    ],
+    ids=repr,
+)
+def test_a_malformed_interface_names_the_array(changes, gpu):
+    array = InterfaceArray(float32(3), **changes)
+    message = "params[0]: fake_gpu.InterfaceArray cannot be read as a GPU array"
+    refused(TypeError, message, [array], [array])
 
 
 def test_a_build_without_cuda_says_so(cupy, monkeypatch):
@@ -270,3 +289,69 @@ def test_without_a_driver_a_step_says_so(monkeypatch):
     with pytest.raises(RuntimeError, match="no NVIDIA driver is loaded"):
         fs.gd_step(params, CupyArray(float32(3)))
     assert params.host.tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("code", "driver", "text"),
+    [
+        (35, "none", "no NVIDIA driver is loaded on this machine"),
+        (35, "11.4", "the NVIDIA driver supports CUDA 11.4, but fusedstep was built with CUDA"),
+        (100, "13.0", "the driver sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"),
+        (101, "13.0", "there is no such GPU for this process"),
+        (209, "13.0", "this build holds no code for this GPU"),
+        (222, "13.0", "this build holds no code for this GPU"),
+        (700, "13.0", "work queued earlier failed on the GPU, by fusedstep or another library"),
+        (719, "13.0", "this process cannot use the GPU any more"),
+    ],
+)
+def test_errors_of_cuda_say_what_to_do(code, driver, text):
+    cuda = pytest.importorskip("fusedstep._cuda", reason="this build has no CUDA backend")
+    message = cuda.error_text(code, driver)
+    assert re.match(r"CUDA: .* \(cudaError\w+\): ", message)
+    assert text in message
+
+
+BUILT = ["75-real", "80-real", "86-real", "89-real", "90-real", "100-real", "120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "code"),
+    [
+        ("7.5", "machine code for 75"),
+        ("8.0", "machine code for 80"),
+        ("8.7", "machine code for 86"),
+        ("8.9", "machine code for 89"),
+        ("9.0", "machine code for 90"),
+        ("10.0", "machine code for 100"),
+        ("10.3", "machine code for 100"),
+        ("12.0", "machine code for 120"),
+        ("12.1", "machine code for 120"),
+        ("13.0", "PTX for 120, compiled at first use"),
+        ("11.0", "nothing: this build has no code for it"),
+        ("7.0", "nothing: this build has no code for it"),
+    ],
+)
+def test_info_says_which_code_a_gpu_runs(capability, code):
+    assert info.code_for(capability, BUILT) == code
+
+
+def test_info_describes_the_backend():
+    cuda = {"architectures": "90-real", "toolkit": "13.0", "driver": "12.4", "error": None}
+    cuda["devices"] = [{"name": "H200", "compute_capability": "9.0"}]
+    assert info.describe_cuda(cuda) == (
+        "available; built with CUDA 13.0 for 90-real; driver for CUDA 12.4; "
+        "H200, compute capability 9.0, runs machine code for 90"
+    )
+    cuda["error"] = "why"
+    assert info.describe_cuda(cuda).startswith("unavailable; ")
+    assert info.describe_cuda(cuda).endswith("; why")
+
+
+def test_info_says_why_the_backend_does_not_load(monkeypatch):
+    def fail(name):
+        raise ImportError("libsomething.so: cannot open shared object file")
+
+    monkeypatch.setattr(info.importlib, "import_module", fail)
+    assert info.collect()["backends"]["cuda"] == (
+        "does not load: libsomething.so: cannot open shared object file"
+    )

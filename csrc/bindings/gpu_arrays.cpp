@@ -9,6 +9,8 @@ namespace {
 
 using NumPy = py::detail::npy_api;
 
+constexpr int most_dimensions = 64;  // NumPy's own limit
+
 // The default stream, by the handle that CUDA, DLPack and the array interface all give it.
 void* const legacy_stream = reinterpret_cast<void*>(1);
 
@@ -61,21 +63,30 @@ void set_c_strides(py::ssize_t* strides, const ArrayView& view, py::ssize_t item
     }
 }
 
-void read_tuple(py::handle tuple, py::ssize_t* to) {
-    for (const py::handle item : py::reinterpret_borrow<py::tuple>(tuple)) *to++ = item.cast<py::ssize_t>();
+void read_tuple(py::handle sequence, int length, py::ssize_t* to) {
+    const py::tuple numbers = py::reinterpret_steal<py::tuple>(PySequence_Tuple(sequence.ptr()));
+    if (!numbers) throw py::error_already_set();
+    if (static_cast<int>(numbers.size()) != length) throw py::cast_error("shape and strides of different lengths");
+    for (const py::handle number : numbers) *to++ = number.cast<py::ssize_t>();
+}
+
+int checked_dimensions(int64_t dimensions) {
+    if (dimensions < 0 || dimensions > most_dimensions) throw py::cast_error("more than 64 dimensions");
+    return static_cast<int>(dimensions);
 }
 
 // The description inside a DLPack capsule, and whether the array may be written.
 const dlpack::Tensor& tensor_in(const py::capsule& capsule, bool& writeable) {
     writeable = true;
-    if (std::strcmp(capsule.name(), "dltensor_versioned") == 0) {
+    const char* const name = capsule.name() == nullptr ? "" : capsule.name();
+    if (std::strcmp(name, "dltensor_versioned") == 0) {
         const auto* managed = capsule.get_pointer<dlpack::ManagedTensorVersioned>();
-        if (managed->major != 1) {
-            throw py::type_error("DLPack version " + std::to_string(managed->major) + " is not supported");
-        }
+        if (managed->major != 1)
+            throw py::cast_error("DLPack version " + std::to_string(managed->major) + " is not supported");
         writeable = (managed->flags & dlpack::flag_read_only) == 0;
         return managed->tensor;
     }
+    if (std::strcmp(name, "dltensor") != 0) throw py::cast_error("not a DLPack capsule");
     return capsule.get_pointer<dlpack::ManagedTensor>()->tensor;
 }
 
@@ -104,17 +115,27 @@ Getter::Getter(py::handle type, const char* name) {
 }
 
 CupyReader::CupyReader(py::handle array)
-    : array_type_(py::type::of(array)),
-      memory_type_(py::type::of(array.attr("data"))),
+    : array_type_(py::type::of(array).release()),
+      memory_type_(py::type::of(array.attr("data")).release()),
       data_(array_type_, "data"),
       dtype_(array_type_, "dtype"),
       shape_(array_type_, "shape"),
+      strides_(array_type_, "strides"),
       dimensions_(array_type_, "ndim"),
       size_(array_type_, "size"),
       c_contiguous_(array_type_, "_c_contiguous"),
       pointer_(memory_type_, "ptr"),
       device_(memory_type_, "device_id"),
-      all_known_(data_ && dtype_ && shape_ && dimensions_ && size_ && c_contiguous_ && pointer_ && device_) {}
+      all_known_(data_ && dtype_ && shape_ && strides_ && dimensions_ && size_ && c_contiguous_ && pointer_ &&
+                 device_) {}
+
+py::object CupyReader::get(const Getter& getter, const char* name, py::handle object) const {
+    const py::handle type = py::type::handle_of(object);
+    if (!all_known_ || !(type.is(array_type_) || type.is(memory_type_))) return object.attr(name);
+    py::object value = getter(object);
+    if (!value) throw py::error_already_set();
+    return value;
+}
 
 char* CupyReader::contiguous_memory(py::handle array, py::handle dtype, const std::vector<py::ssize_t>& shape,
                                     int device) const {
@@ -161,20 +182,34 @@ void GpuArrays::clear() {
 }
 
 bool GpuArrays::view(py::handle object, const ArrayName& name, ArrayView& view) {
+    const auto refuse = [&](const char* why) -> py::type_error {
+        return py::type_error(name.text() + ": " + type_name(object) + " cannot be read as a GPU array: " + why);
+    };
     view.object = object;
     view.flags = NumPy::NPY_ARRAY_WRITEABLE_;
-    if (is_cupy_array(object)) {
-        view_cupy(object, name, view);
-    } else if (is_instance_of(object, "jax", "Array")) {
-        return false;
-    } else if (py::hasattr(object, "__dlpack__")) {
-        if (!view_dlpack(object, name, view)) return false;
-    } else if (py::hasattr(object, "__cuda_array_interface__")) {
-        view_interface(object, name, view);
-    } else {
-        return false;
+    try {
+        if (!describe(object, name, view)) return false;
+    } catch (const py::cast_error& error) {
+        throw refuse(error.what());
+    } catch (py::error_already_set& error) {
+        if (!error.matches(PyExc_Exception)) throw;
+        throw refuse(std::string(py::str(error.value())).c_str());
     }
     view.flags |= layout_flags(view, view.known_dtype ? item_size(view.dtype) : 1);
+    return true;
+}
+
+bool GpuArrays::describe(py::handle object, const ArrayName& name, ArrayView& view) {
+    const bool seen = cupy_ && cupy_->reads(object);
+    if (seen || is_cupy_array(object)) {
+        if (!seen) cupy_ = std::make_unique<CupyReader>(object);
+        view_cupy(object, name, view);
+        return true;
+    }
+    if (is_instance_of(object, "jax", "Array")) return false;
+    if (py::hasattr(object, "__dlpack__")) return view_dlpack(object, name, view);
+    if (!py::hasattr(object, "__cuda_array_interface__")) return false;
+    view_interface(object, name, view);
     return true;
 }
 
@@ -204,17 +239,20 @@ void GpuArrays::find_backend(py::handle array, const ArrayName& name) {
 
 void GpuArrays::view_cupy(py::handle array, const ArrayName& name, ArrayView& view) {
     find_backend(array, name);
-    const py::object memory = array.attr("data");
-    const py::tuple shape = array.attr("shape"), strides = array.attr("strides");
-    view.data = reinterpret_cast<char*>(memory.attr("ptr").cast<uintptr_t>());
-    view.device = memory.attr("device_id").cast<int>();
-    view.known_dtype = read_dtype(array.attr("dtype").ptr(), view.dtype);
-    view.dimensions = static_cast<int>(shape.size());
+    const py::object memory = cupy_->memory(array);
+    const py::tuple shape = cupy_->shape(array);
+    view.data = reinterpret_cast<char*>(cupy_->pointer(memory).cast<uintptr_t>());
+    view.device = cupy_->device(memory).cast<int>();
+    view.known_dtype = read_dtype(cupy_->dtype(array).ptr(), view.dtype);
+    view.dimensions = checked_dimensions(static_cast<int64_t>(shape.size()));
     py::ssize_t* const extents = new_extents(view.dimensions);
-    read_tuple(shape, extents);
-    read_tuple(strides, extents + view.dimensions);
+    read_tuple(shape, view.dimensions, extents);
     view.shape = extents;
     view.strides = extents + view.dimensions;
+    if (view.known_dtype && cupy_->is_c_contiguous(array))
+        set_c_strides(extents + view.dimensions, view, item_size(view.dtype));
+    else
+        read_tuple(cupy_->strides(array), view.dimensions, extents + view.dimensions);
     if (library_ == Library::cupy) return;
     const py::object stream = loaded_module("cupy").attr("cuda").attr("get_current_stream")(view.device);
     set_stream(Library::cupy, stream_handle(stream.attr("ptr")), name);
@@ -228,18 +266,13 @@ bool GpuArrays::view_dlpack(py::handle array, const ArrayName& name, ArrayView& 
     // PyTorch says which stream it is using, and a step joins it. Others can only be told to have the data
     // ready for the default stream, where the step then runs.
     const bool torch = is_instance_of(array, "torch", "Tensor");
-    py::capsule capsule;
-    try {
-        capsule = dlpack_capsule(array, torch ? -1 : 1);
-    } catch (py::error_already_set& error) {
-        throw py::type_error(name.text() + ": __dlpack__ failed: " + std::string(py::str(error.value())));
-    }
+    const py::capsule capsule = dlpack_capsule(array, torch ? -1 : 1);
     bool writeable;
     const dlpack::Tensor& tensor = tensor_in(capsule, writeable);
     if (!writeable) view.flags = 0;
     view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
     view.device = tensor.device.id;
-    view.dimensions = tensor.ndim;
+    view.dimensions = checked_dimensions(tensor.ndim);
     const bool is_float = tensor.dtype.code == dlpack::floating && tensor.dtype.lanes == 1;
     view.dtype = tensor.dtype.bits == 32 ? DType::float32 : DType::float64;
     view.known_dtype = is_float && (tensor.dtype.bits == 32 || tensor.dtype.bits == 64);
@@ -275,15 +308,15 @@ void GpuArrays::view_interface(py::handle array, const ArrayName& name, ArrayVie
     if (data[1].cast<bool>()) view.flags = 0;
     const std::string type = py::str(interface["typestr"]);
     view.known_dtype = is_native_float(type.c_str(), view.dtype);
-    view.dimensions = static_cast<int>(shape.size());
+    view.dimensions = checked_dimensions(static_cast<int64_t>(shape.size()));
     py::ssize_t* const extents = new_extents(view.dimensions);
     view.shape = extents;
     view.strides = extents + view.dimensions;
-    read_tuple(shape, extents);
+    read_tuple(shape, view.dimensions, extents);
     if (get("strides").is_none())
         set_c_strides(extents + view.dimensions, view, item_size(view.dtype));
     else
-        read_tuple(interface["strides"], extents + view.dimensions);
+        read_tuple(interface["strides"], view.dimensions, extents + view.dimensions);
     // The interface does not name the device; an empty array has no memory to ask about.
     view.device = view.data == nullptr ? 0 : backend_->device_of(view.data);
     const py::object stream = get("stream");

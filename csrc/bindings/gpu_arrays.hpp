@@ -2,6 +2,7 @@
 #pragma once
 
 #include <deque>
+#include <memory>
 #include <vector>
 
 #include "../cuda/backend.hpp"
@@ -26,22 +27,33 @@ private:
     void* closure_ = nullptr;
 };
 
-// Reads CuPy arrays of one type quickly, for a gradient that is what it is expected to be.
+// Reads CuPy arrays of one type. It never lets go of that type, so it may end without the GIL.
 class CupyReader {
 public:
     explicit CupyReader(py::handle array);
 
-    // Where a C-contiguous array of this dtype and shape on this device lies; null for any other, for an empty
-    // one, and for a CuPy that is not as we know it.
+    bool reads(py::handle array) const { return py::type::handle_of(array).is(array_type_); }
+
+    py::object memory(py::handle array) const { return get(data_, "data", array); }
+    py::object dtype(py::handle array) const { return get(dtype_, "dtype", array); }
+    py::object shape(py::handle array) const { return get(shape_, "shape", array); }
+    py::object strides(py::handle array) const { return get(strides_, "strides", array); }
+    py::object pointer(py::handle memory) const { return get(pointer_, "ptr", memory); }
+    py::object device(py::handle memory) const { return get(device_, "device_id", memory); }
+    bool is_c_contiguous(py::handle array) const { return all_known_ && c_contiguous_(array).ptr() == Py_True; }
+
+    // Quickly: where a C-contiguous array of this dtype and shape on this device lies; null for any other, for an
+    // empty one, and for a CuPy that is not as we know it.
     char* contiguous_memory(py::handle array, py::handle dtype, const std::vector<py::ssize_t>& shape,
                             int device) const;
 
 private:
+    py::object get(const Getter& getter, const char* name, py::handle object) const;
     bool has_shape(py::handle array, const std::vector<py::ssize_t>& shape) const;
     static py::ssize_t number(const Getter& get, py::handle object);
 
-    py::type array_type_, memory_type_;
-    Getter data_, dtype_, shape_, dimensions_, size_, c_contiguous_, pointer_, device_;
+    py::handle array_type_, memory_type_;
+    Getter data_, dtype_, shape_, strides_, dimensions_, size_, c_contiguous_, pointer_, device_;
     bool all_known_;
 };
 
@@ -63,6 +75,7 @@ public:
 private:
     enum class Library { none, cupy, torch, other };
 
+    bool describe(py::handle object, const ArrayName& name, ArrayView& view);
     void find_backend(py::handle array, const ArrayName& name);
     void view_cupy(py::handle array, const ArrayName& name, ArrayView& view);
     bool view_dlpack(py::handle array, const ArrayName& name, ArrayView& view);
@@ -72,6 +85,7 @@ private:
 
     std::deque<std::vector<py::ssize_t>> extents_;
     size_t used_ = 0;
+    std::unique_ptr<const CupyReader> cupy_;  // kept from call to call
     const GpuBackend* backend_ = nullptr;
     Library library_ = Library::none;
     void* stream_ = nullptr;

@@ -51,4 +51,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     module.doc() = "The CUDA kernels of fusedstep.";
     module.attr("backend") = py::capsule(&backend, fusedstep::GpuBackend::capsule_name);
     module.def("info", &info);
+    module.def("error_text", [](int error, const std::string& driver) {
+        return cuda::error_text(static_cast<cudaError_t>(error), driver);
+    });
 }

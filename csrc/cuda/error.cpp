@@ -5,16 +5,16 @@
 namespace fusedstep::cuda {
 namespace {
 
-std::string advice(cudaError_t error) {
+std::string advice(cudaError_t error, const std::string& driver) {
     const std::string toolkit = version_text(CUDART_VERSION);
     switch (error) {
         case cudaErrorInsufficientDriver:
-            if (driver_version() == "none") {
+            if (driver == "none") {
                 return "no NVIDIA driver is loaded on this machine; nvidia-smi should list the GPU (in a "
                        "container, start it with the GPUs given to it)";
             }
-            return "the NVIDIA driver supports CUDA " + driver_version() + ", but fusedstep was built with CUDA " +
-                   toolkit + "; update the driver, or build fusedstep with a toolkit that it supports";
+            return "the NVIDIA driver supports CUDA " + driver + ", but fusedstep was built with CUDA " + toolkit +
+                   "; update the driver, or build fusedstep with a toolkit that it supports";
         case cudaErrorNoDevice:
             return "the driver sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES";
         case cudaErrorInvalidDevice:
@@ -59,8 +59,8 @@ std::string driver_version() {
     return version_text(version);
 }
 
-std::string error_text(cudaError_t error) {
-    const std::string what = advice(error);
+std::string error_text(cudaError_t error, const std::string& driver) {
+    const std::string what = advice(error, driver);
     return std::string("CUDA: ") + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")" +
            (what.empty() ? "" : ": " + what);
 }
@@ -68,7 +68,7 @@ std::string error_text(cudaError_t error) {
 void check(cudaError_t error) {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // it has been reported: the next call must not report it again
-    throw std::runtime_error(error_text(error));
+    throw std::runtime_error(error_text(error, driver_version()));
 }
 
 }  // namespace fusedstep::cuda

@@ -13,8 +13,8 @@ std::string version_text(int version);
 // "12.4", or "none" where there is no driver.
 std::string driver_version();
 
-// What went wrong and what to do about it.
-std::string error_text(cudaError_t error);
+// What went wrong and what to do about it; `driver` is as driver_version() has it.
+std::string error_text(cudaError_t error, const std::string& driver);
 
 // Throws std::runtime_error unless `error` is success.
 void check(cudaError_t error);

@@ -21,7 +21,7 @@ OPTIONAL_PACKAGES = {"matplotlib", "rich", "sklearn", "threadpoolctl"}
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fusedstep",
-        description="Fused optimizer steps for NumPy arrays.",
+        description="Fused optimizer steps for NumPy and CuPy arrays.",
         epilog="commands:\n" + "\n".join(f"  {n:<10}{text}" for n, (_, text) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

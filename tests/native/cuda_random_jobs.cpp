@@ -1,6 +1,8 @@
 // Random jobs, stepped by the CUDA kernels' own source on the host and by the scalar CPU kernels: the same
 // bits in all memory, that between and around the tensors too. To be compiled with csrc/cpu/kernels.cpp, and
 // with alignment checked: a processor forgives a 16-byte access that a GPU does not.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -262,6 +264,57 @@ bool huge_tensors() {
     return true;
 }
 
+// Tensors all over 64 GiB of addresses: a table holds distances, which reach 8 GiB either way.
+template <class T>
+bool tensors_far_apart(Random& random) {
+    constexpr int64_t region = int64_t{1} << 36, count = 40, size = 100;
+    void* const memory =
+        mmap(nullptr, region, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) return false;
+    AdamScalars<T> scalars{};
+    randomise(scalars, random);
+    std::vector<Tensor> tensors;
+    std::vector<int64_t> ends;
+    std::vector<T> expected[4];
+    for (int64_t i = 0; i < count; ++i) {
+        Tensor tensor{};
+        tensor.size = size;
+        tensor.scalars = &scalars;
+        for (int k = 0; k < 4; ++k) {
+            // A part of the region for each, so that none overlap.
+            const int64_t part = region / (4 * count);
+            const int64_t at = (4 * i + k) * part + below(random, part / 2);
+            T* const x = reinterpret_cast<T*>(static_cast<char*>(memory) + at / 64 * 64) + below(random, 3);
+            for (int64_t j = 0; j < size; ++j) {
+                x[j] = static_cast<T>(between(random, 0, 1));
+                expected[k].push_back(x[j]);
+            }
+            tensor.streams[k] = x;
+        }
+        tensors.push_back(tensor);
+        ends.push_back((i + 1) * size);
+    }
+    std::shuffle(tensors.begin(), tensors.end(), Random(random));
+    void* streams[] = {expected[0].data(), expected[1].data(), expected[2].data(), expected[3].data()};
+    const DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
+    scalar::kernels.step[rule_index<Adam>][static_cast<int>(dtype)](streams, 0, count * size, &scalars);
+    const Job job{rule_index<Adam>, dtype, tensors.data(), ends.data(), count, false};
+    cuda::for_each_table<Adam, T, cuda::Dense>(job, [](const auto& table) {
+        for (int thread = 0; thread < 32; ++thread) cuda::step_table<Adam, T, cuda::Dense>(table, {0, 1, thread, 32});
+    });
+    std::sort(tensors.begin(), tensors.end(),
+              [](const Tensor& a, const Tensor& b) { return a.streams[0] < b.streams[0]; });
+    bool same = true;
+    for (int64_t i = 0; i < count; ++i) {
+        for (int k = 0; k < 4; ++k) {
+            same = same && std::memcmp(tensors[i].streams[k], expected[k].data() + i * size, size * sizeof(T)) == 0;
+        }
+    }
+    munmap(memory, region);
+    if (!same) std::printf("tensors far apart, float%d\n", static_cast<int>(8 * sizeof(T)));
+    return same;
+}
+
 template <class... All>
 bool one_job_of_each(RuleList<All...>, Random& random, Seen& seen) {
     return ((Trial<All, float>(random).run(seen) && Trial<All, double>(random).run(seen)) && ...);
@@ -276,6 +329,7 @@ int main(int count, char** arguments) {
     Random random(std::strtoull(arguments[1], nullptr, 10));
     const int64_t rounds = std::strtoll(arguments[2], nullptr, 10);
     if (!huge_tensors<float>() || !huge_tensors<double>()) return 1;
+    if (!tensors_far_apart<float>(random) || !tensors_far_apart<double>(random)) return 1;
     Seen seen;
     for (int64_t i = 0; i < rounds; ++i) {
         if (!one_job_of_each(Rules{}, random, seen)) {
