@@ -45,6 +45,15 @@ class Storage:
     master_weights: str | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.master_weights is not None and self.master_weights not in MASTER_WEIGHTS:
+            raise ValueError(
+                f"master_weights: expected one of {', '.join(MASTER_WEIGHTS)}, "
+                f"got {self.master_weights!r}"
+            )
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: expected an integer from 0 to 2**64 - 1, got {self.seed!r}")
+
     def check(self, state_keys: tuple[str, ...]) -> None:
         """Raise for what no optimizer with these state arrays can do."""
         if isinstance(self.state_dtype, Mapping):
@@ -59,13 +68,6 @@ class Storage:
                 raise ValueError(
                     f"state_dtype: expected one of {', '.join(STATE_DTYPES)}, got {dtype!r}"
                 )
-        if self.master_weights is not None and self.master_weights not in MASTER_WEIGHTS:
-            raise ValueError(
-                f"master_weights: expected one of {', '.join(MASTER_WEIGHTS)}, "
-                f"got {self.master_weights!r}"
-            )
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed: expected an integer from 0 to 2**64 - 1, got {self.seed!r}")
 
     def new_state(
         self, param: Any, state_keys: tuple[str, ...], suffix: str
