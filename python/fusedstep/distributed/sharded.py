@@ -157,6 +157,11 @@ class ShardedOptimizer:
             raise ValueError(
                 "capturable: not in a sharded optimizer; a CUDA graph cannot hold its communication"
             )
+        if hyper.get("state_dtype") not in (None, "float32"):
+            raise ValueError(
+                f"state_dtype: {hyper['state_dtype']!r} is not in a sharded optimizer yet; its "
+                "state has the type of the parameters"
+            )
         # Behind the parts an empty parameter of each dtype. A step of these alone changes nothing
         # but checks all numbers; and a group may have nothing else on this rank.
         self._checks: list[list[Any]] = []
