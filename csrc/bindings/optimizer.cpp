@@ -238,11 +238,11 @@ public:
     //
     // Whatever may run Python code of the user's (schedules, keys of a dict, the end of a gradient) is done
     // without the lock, since that code may use this optimizer.
-    void step(py::handle param_groups, py::handle grads, py::handle grad_scale, bool nested) {
-        const double scale = read_number(grad_scale, "grad_scale", {});
+    StepOutcome step(py::handle param_groups, py::handle grads, const GradientOptions& options, bool nested) {
         Preparation prepared;
         {
             const std::lock_guard<Optimizer> lock(*this);
+            refuse_on_gpu(options);
             std::swap(prepared, spare_);
             for (size_t g = 0; g < groups_.size(); ++g) {
                 const std::string prefix = groups_.size() > 1 ? "param_groups[" + std::to_string(g) + "]: " : "";
@@ -255,19 +255,22 @@ public:
                 prepared.sources[g].step = 0;
                 prepared.sources[g].lr_on_gpu = is_lr_on_gpu(prepared.dicts[g]);
             }
-            prepared.hypers.push_back(read_group(prepared.dicts[g], groups_[g], scale, prepared.sources[g]));
+            prepared.hypers.push_back(
+                read_group(prepared.dicts[g], groups_[g], options.grad_scale, prepared.sources[g]));
         }
         gather(grads, nested, prepared);
+        StepOutcome outcome;
         {
             const std::lock_guard<Optimizer> lock(*this);
             if (prepared.gradients.size() != parameters_.size()) {
                 throw py::value_error("param_groups: a group was added while a step was being prepared");
             }
-            run(prepared);
+            outcome = run(prepared, options);
         }
         prepared.clear();
         const std::lock_guard<Optimizer> lock(*this);
         std::swap(prepared, spare_);
+        return outcome;
     }
 
     std::vector<int64_t> steps() {
@@ -406,7 +409,7 @@ private:
         }
     };
 
-    void run(const Preparation& prepared) {
+    StepOutcome run(const Preparation& prepared, const GradientOptions& options) {
         call_.clear();
         for (size_t g = 0; g < prepared.hypers.size(); ++g) {
             call_.next_hyper();
@@ -420,19 +423,45 @@ private:
                 if (i + 8 < end && watches_[i + 8].usual) {
                     prefetch_shapes(watches_[i + 8].array, prepared.gradients[i + 8].ptr());
                 }
-                if (!prepared.gradients[i].is_none())
+                if (!prepared.gradients[i].is_none()) {
                     add_gradient(i, prepared.gradients[i], prepared.hypers[g], group);
-                else if (group.state != nullptr)
+                    if (options.needs_norm()) call_.order.push_back({watches_[i].rule, watches_[i].dtype});
+                } else if (group.state != nullptr) {
                     throw_no_gradient(parameters_[i]);
+                }
             }
             if (group.state != nullptr) add_group_on_gpu(group, prepared, g);
         }
-        call_.run();
+        if (options.zero_grad) check_zeroed_gradients(prepared);
+        const StepOutcome outcome = call_.run(options);
+        if (outcome.skipped) return outcome;
         for (size_t g = 0; g < prepared.hypers.size(); ++g) {
             Group<Hyper>& group = groups_[g];
             for (int64_t i = group.first; i < group.first + group.count; ++i) {
                 if (!prepared.gradients[i].is_none()) group.latest = std::max(group.latest, ++steps_[i]);
             }
+        }
+        return outcome;
+    }
+
+    // That they share no memory with a parameter or its state has been seen; nor may they with each other.
+    void check_zeroed_gradients(const Preparation& prepared) {
+        for (size_t i = 0; i < parameters_.size(); ++i) {
+            if (prepared.gradients[i].is_none()) continue;
+            const ArrayName name{"grads", -1, &parameters_[i].suffix};
+            const ArrayView gradient = view_array(prepared.gradients[i], name, call_.gpu_arrays);
+            check_zeroed(gradient, name);
+            call_.extents.push_back(extent_of(gradient, true, name));
+        }
+        check_overlaps(call_.extents);
+    }
+
+    void refuse_on_gpu(const GradientOptions& options) const {
+        const char* const given = options.first_given();
+        if (given != nullptr && !parameters_.empty() && parameters_.front().view.device != ArrayView::host) {
+            throw py::value_error(
+                std::string(given) +
+                ": not supported for arrays on a GPU yet; leave it out, and do it with the arrays' own library");
         }
     }
 
@@ -730,9 +759,19 @@ private:
     Preparation spare_;
 };
 
+// Returns None, or the norm and whether the step was skipped.
 template <class Hyper>
-void step(py::handle self, py::handle param_groups, py::handle grads, py::handle grad_scale, py::handle nested) {
-    self.cast<Optimizer<Hyper>&>().step(param_groups, grads, grad_scale, nested.ptr() == Py_True);
+py::object step(py::handle self, py::handle param_groups, py::handle grads, py::handle grad_scale, py::handle clip_norm,
+                py::handle skip_nonfinite, py::handle zero_grad, py::handle nested) {
+    GradientOptions options;
+    options.grad_scale = read_number(grad_scale, "grad_scale", {});
+    if (!clip_norm.is_none()) options.clip_norm = read_clip_norm(clip_norm);
+    options.skip_nonfinite = read_flag(skip_nonfinite, "skip_nonfinite", {});
+    options.zero_grad = read_flag(zero_grad, "zero_grad", {});
+    const StepOutcome outcome =
+        self.cast<Optimizer<Hyper>&>().step(param_groups, grads, options, nested.ptr() == Py_True);
+    if (!outcome.grad_norm.has_value()) return py::none();
+    return py::make_tuple(*outcome.grad_norm, outcome.skipped);
 }
 
 template <class Hyper>

@@ -56,8 +56,16 @@ class _Optimizer:
         self, group: Mapping[str, Any], number: int, state_arrays: int, capturable: bool, /
     ) -> None: ...
     def step(
-        self, param_groups: object, grads: object, grad_scale: object, nested: bool, /
-    ) -> None: ...
+        self,
+        param_groups: object,
+        grads: object,
+        grad_scale: object,
+        clip_norm: object,
+        skip_nonfinite: object,
+        zero_grad: object,
+        nested: bool,
+        /,
+    ) -> tuple[float, bool] | None: ...
 
 @final
 class GdOptimizer(_Optimizer): ...
