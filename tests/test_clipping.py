@@ -286,7 +286,8 @@ def test_step_info():
     optimizer = fs.Adam(np.ones(2))
     plain = optimizer.step(np.ones(2))
     assert plain == fs.StepInfo(grad_norm=None, skipped=False)
-    assert optimizer.step(np.ones(2), zero_grad=True) is plain
+    assert optimizer.step(np.ones(2)) is plain
+    assert optimizer.step(np.ones(2), zero_grad=True) == plain
     info = optimizer.step(np.array([3.0, 4.0]), clip_norm=1.0)
     assert (info.grad_norm, info.skipped) == (5.0, False)
     assert repr(info) == "StepInfo(grad_norm=5.0, skipped=False)"

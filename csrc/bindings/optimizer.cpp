@@ -759,19 +759,34 @@ private:
     Preparation spare_;
 };
 
-// Returns None, or the norm and whether the step was skipped.
+// What cast<Native&>() gives, without its search for the type: of a method, self is known to have it.
+template <class Native>
+Native& native_of(py::handle self) {
+    auto* const native =
+        reinterpret_cast<py::detail::instance*>(self.ptr())->get_value_and_holder().template value_ptr<Native>();
+    if (native == nullptr) throw py::type_error("the optimizer's __init__ was not called");
+    return *native;
+}
+
 template <class Hyper>
-py::object step(py::handle self, py::handle param_groups, py::handle grads, py::handle grad_scale, py::handle clip_norm,
-                py::handle skip_nonfinite, py::handle zero_grad, py::handle nested) {
+void step(py::handle self, py::handle param_groups, py::handle grads, py::handle grad_scale, py::handle nested) {
+    GradientOptions options;
+    options.grad_scale = read_number(grad_scale, "grad_scale", {});
+    native_of<Optimizer<Hyper>>(self).step(param_groups, grads, options, nested.ptr() == Py_True);
+}
+
+// Returns the norm, or None, and whether the step was skipped.
+template <class Hyper>
+py::object step_with_options(py::handle self, py::handle param_groups, py::handle grads, py::handle grad_scale,
+                             py::handle clip_norm, py::handle skip_nonfinite, py::handle zero_grad, py::handle nested) {
     GradientOptions options;
     options.grad_scale = read_number(grad_scale, "grad_scale", {});
     if (!clip_norm.is_none()) options.clip_norm = read_clip_norm(clip_norm);
     options.skip_nonfinite = read_flag(skip_nonfinite, "skip_nonfinite", {});
     options.zero_grad = read_flag(zero_grad, "zero_grad", {});
     const StepOutcome outcome =
-        self.cast<Optimizer<Hyper>&>().step(param_groups, grads, options, nested.ptr() == Py_True);
-    if (!outcome.grad_norm.has_value()) return py::none();
-    return py::make_tuple(*outcome.grad_norm, outcome.skipped);
+        native_of<Optimizer<Hyper>>(self).step(param_groups, grads, options, nested.ptr() == Py_True);
+    return py::make_tuple(outcome.grad_norm, outcome.skipped);
 }
 
 template <class Hyper>
@@ -784,6 +799,7 @@ void bind_family(py::module_& module, const char* name) {
         .def_readonly_static("group_state_bytes", &Native::group_state_bytes)
         .def_property("steps", &Native::steps, &Native::set_steps);
     def_fast_method<&step<Hyper>>(native, "step");
+    def_fast_method<&step_with_options<Hyper>>(native, "step_with_options");
 }
 
 }  // namespace

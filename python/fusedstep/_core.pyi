@@ -56,6 +56,9 @@ class _Optimizer:
         self, group: Mapping[str, Any], number: int, state_arrays: int, capturable: bool, /
     ) -> None: ...
     def step(
+        self, param_groups: object, grads: object, grad_scale: object, nested: bool, /
+    ) -> None: ...
+    def step_with_options(
         self,
         param_groups: object,
         grads: object,
@@ -65,7 +68,7 @@ class _Optimizer:
         zero_grad: object,
         nested: bool,
         /,
-    ) -> tuple[float, bool] | None: ...
+    ) -> tuple[float | None, bool]: ...
 
 @final
 class GdOptimizer(_Optimizer): ...

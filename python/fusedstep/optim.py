@@ -214,7 +214,10 @@ class Optimizer:
         Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML
         2013, algorithm 1, as in ``torch.nn.utils.clip_grad_norm_``.
         """
-        info = self._native.step(
+        if clip_norm is None and skip_nonfinite is False and zero_grad is False:
+            self._native.step(self.param_groups, grads, grad_scale, self._grads_by_group)
+            return _PLAIN
+        info = self._native.step_with_options(
             self.param_groups,
             grads,
             grad_scale,
@@ -223,7 +226,7 @@ class Optimizer:
             zero_grad,
             self._grads_by_group,
         )
-        return _PLAIN if info is None else StepInfo(*info)
+        return StepInfo(*info)
 
     @property
     def state(self) -> dict[int, dict[str, Any]]:
