@@ -45,6 +45,8 @@ CASES: tuple[tuple[Workload, tuple[Requirement, ...]], ...] = (
 )
 SMALL_LATENCY = 1.5e-6  # seconds, of the function at 128 elements
 DENORMAL_RATIO = 1.1
+CLIP_RATIO = 1.2  # clipping and step, of the plain step, beyond the caches
+ZERO_SPEEDUP = 1.1  # a step that zeros its gradients, against a step and a fill
 LARGE = 16_000_000  # elements: beyond the caches, and too much memory for a copy per contender
 QUIET = 0.1  # processors that others may use before a figure counts as disturbed
 
@@ -98,6 +100,9 @@ def main(args: argparse.Namespace) -> int:
     ]
     record["denormals"] = [
         run_denormals(n, console.print) for n in (100_000, 64_000_000) if n <= limit
+    ]
+    record["options"] = [
+        run_options(n, console.print) for n in (1_000_000, 64_000_000) if n <= limit
     ]
     record["sweep"] = [
         run_case(one_array(1 << power), peers, console.print, budget=0.15)
@@ -229,6 +234,35 @@ def run_denormals(elements: int, say: Callable[..., None]) -> dict[str, Any]:
     }
 
 
+def run_options(elements: int, say: Callable[..., None]) -> dict[str, Any]:
+    """Time what a step can do to its gradients on the way, against the plain step."""
+    params, grads = np.ones(elements, np.float32), np.ones(elements, np.float32)
+    # The decay keeps the moments of zeroed gradients from becoming denormals.
+    optimizer = fs.Adam(params, lr=1e-9, weight_decay=1e-3)
+
+    def step_and_fill() -> None:
+        optimizer.step(grads)
+        grads.fill(0)
+
+    contenders = {
+        "step": lambda: optimizer.step(grads),
+        "clip_norm": lambda: optimizer.step(grads, clip_norm=1.0),
+        "step and fill": step_and_fill,
+        "zero_grad": lambda: optimizer.step(grads, zero_grad=True),
+    }
+    others = machine.Others()
+    timings = interleaved(contenders, 1.0)
+    disturbance = others.processors()
+    say(f"options, {elements:,}: " + ", ".join(f"{k} {seconds(t)}" for k, t in timings.items()))
+    return {
+        "elements": elements,
+        "clip_ratio": timings["clip_norm"].median / timings["step"].median,
+        "zero_speedup": timings["step and fill"].median / timings["zero_grad"].median,
+        "other_processors": disturbance,
+        "timings": {k: asdict(t) for k, t in timings.items()},
+    }
+
+
 def run_memory(elements: int, say: Callable[..., None]) -> dict[str, Any]:
     """Measure what a step of ours, and one of NumPy by hand, takes beyond its arrays."""
     workload = one_array(elements)
@@ -307,6 +341,13 @@ def requirements(record: dict[str, Any]) -> list[dict[str, Any]]:
             True,
             denormal["other_processors"],
         )
+    for options in record["options"]:
+        case, disturbance = f"adam float32 {options['elements']:,}", options["other_processors"]
+        if options["elements"] >= LARGE:
+            claim = "clip_norm, times the plain step"
+            row(case, claim, CLIP_RATIO, options["clip_ratio"], True, disturbance)
+        claim = "zero_grad, times as fast as step and fill"
+        row(case, claim, ZERO_SPEEDUP, options["zero_speedup"], False, disturbance)
     ours = record["memory"][OURS]
     for key in ours:
         row(

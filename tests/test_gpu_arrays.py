@@ -274,6 +274,21 @@ def test_an_optimizer_finds_overlaps_on_the_gpu(cupy):
     optimizer.step(CupyArray(whole[1::2]))
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("clip_norm", 1.0), ("skip_nonfinite", True), ("zero_grad", True)]
+)
+def test_what_a_step_cannot_do_on_a_gpu_yet_is_refused(option, value, cupy):
+    asked = []
+    param, grad = CupyArray(float32(3)), CupyArray(float32(3))
+    optimizer = fs.GD(param, lr=lambda t: asked.append(t) or 0.1)
+    before = param.host.tobytes() + grad.host.tobytes()
+    with pytest.raises(ValueError, match=f"^{option}: not supported for arrays on a GPU yet"):
+        optimizer.step(grad, **{option: value})
+    assert param.host.tobytes() + grad.host.tobytes() == before
+    assert (optimizer.state[0]["step"], asked) == (0, [])
+    assert optimizer.step(grad) == (None, False)
+
+
 def test_an_optimizer_says_for_which_libraries_it_allocates_state(gpu):
     with pytest.raises(TypeError, match=r"cannot allocate state like a InterfaceArray of fake_gpu"):
         fs.Adam(InterfaceArray(float32(3)))

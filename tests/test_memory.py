@@ -81,6 +81,18 @@ def parallel_optimizer():
     return lambda: optimizer.step(grads)
 
 
+def clipping_optimizer():
+    fs.set_num_threads(3)
+    params = [np.ones(200_000), np.ones((50, 40))[:, ::2], np.ones(5, np.float32)]
+    optimizer, grads = fs.Adam(params), [np.ones_like(p) for p in params]
+    return lambda: optimizer.step(grads, clip_norm=1.0, skip_nonfinite=True, zero_grad=True)
+
+
+def skipping_optimizer():
+    optimizer, grads = fs.Adam(np.ones(1000)), np.full(1000, np.nan)
+    return lambda: optimizer.step(grads, skip_nonfinite=True)
+
+
 def function_of_one():
     p, g, m, v = np.ones((4, 1000))
     return lambda: fs.adam_step(p, g, m, v, step=5)
@@ -112,6 +124,8 @@ CASES = [
     optimizer_of_groups,
     optimizer_of_views,
     parallel_optimizer,
+    clipping_optimizer,
+    skipping_optimizer,
     function_of_one,
     function_of_list,
     refused,

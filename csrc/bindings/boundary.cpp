@@ -100,8 +100,10 @@ void check_eight_bit(const ArrayView& codes, const ArrayView* units, DType wante
 
 // Whether no two elements of a strided array share memory: each dimension, from the widest stride to the
 // narrowest, must step over all that the narrower ones cover.
-void check_written(const ArrayView& view, const ArrayName& name) {
-    if (!view.writeable()) throw py::value_error(name.text() + ": the array is read-only, but a step writes to it");
+void check_written(const ArrayView& view, const ArrayName& name, const std::string& writer = "a step") {
+    if (!view.writeable()) {
+        throw py::value_error(name.text() + ": the array is read-only, but " + writer + " writes to it");
+    }
     if (view.c_contiguous() || view.f_contiguous()) return;
     std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, length
     for (int d = 0; d < view.dimensions; ++d) {
@@ -114,8 +116,8 @@ void check_written(const ArrayView& view, const ArrayName& name) {
         if (stride < covered) {
             throw py::value_error(name.text() +
                                   ": elements of the array overlap in memory (a broadcast or otherwise "
-                                  "strided view), but a step writes to it; pass a copy (" +
-                                  view.library() + ".array(x))");
+                                  "strided view), but " +
+                                  writer + " writes to it; pass a copy (" + view.library() + ".array(x))");
         }
         covered += stride * (length - 1);
     }
@@ -194,6 +196,8 @@ void check_gradient(const ArrayView& gradient, const ArrayView& parameter, const
     plain_format(gradient, parameter, true, name);
     check_like_parameter(gradient, parameter, name);
 }
+
+void check_zeroed(const ArrayView& gradient, const ArrayName& name) { check_written(gradient, name, "zero_grad=True"); }
 
 Tensor bind(int rule, const ParameterViews& views, const ArrayName& name, StepStores& stores) {
     const char* const* roles = stream_roles(rule);

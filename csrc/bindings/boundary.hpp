@@ -75,6 +75,9 @@ Tensor bind(int rule, const ParameterViews& views, const ArrayName& name, StepSt
 // A gradient whose parameter and state are known to be good.
 void check_gradient(const ArrayView& gradient, const ArrayView& parameter, const ArrayName& name);
 
+// A gradient that the call sets to zero.
+void check_zeroed(const ArrayView& gradient, const ArrayName& name);
+
 Extent extent_of(const ArrayView& view, bool written, const ArrayName& name);
 
 // Throws when a written array shares memory with another array. Sorts the extents by address.

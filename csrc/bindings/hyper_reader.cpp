@@ -98,6 +98,12 @@ int64_t read_step(py::handle value, const std::string& name) {
     return step;
 }
 
+double read_clip_norm(py::handle value) {
+    const double number = read_number(value, "clip_norm", {});
+    check_range(number, number > 0, "clip_norm", "> 0", {});
+    return number;
+}
+
 void check_hyper(const GdHyper& hyper, const HyperSource& source) {
     check_at_least_zero(hyper.lr, "lr", source);
     check_at_least_zero(hyper.momentum, "momentum", source);

@@ -27,6 +27,7 @@ double read_number(py::handle value, const char* name, const HyperSource& source
 bool read_flag(py::handle value, const char* name, const HyperSource& source);
 void read_betas(py::handle value, double& beta1, double& beta2, const HyperSource& source);
 int64_t read_step(py::handle value, const std::string& name);
+double read_clip_norm(py::handle value);
 
 // Throw ValueError for what no step may be taken with.
 void check_hyper(const GdHyper& hyper, const HyperSource& source);

@@ -245,11 +245,11 @@ public:
     //
     // Whatever may run Python code of the user's (schedules, keys of a dict, the end of a gradient) is done
     // without the lock, since that code may use this optimizer.
-    void step(py::handle param_groups, py::handle grads, py::handle grad_scale, bool nested) {
-        const double scale = read_number(grad_scale, "grad_scale", {});
+    StepOutcome step(py::handle param_groups, py::handle grads, const GradientOptions& options, bool nested) {
         Preparation prepared;
         {
             const std::lock_guard<Optimizer> lock(*this);
+            refuse_on_gpu(options);
             std::swap(prepared, spare_);
             for (size_t g = 0; g < groups_.size(); ++g) {
                 const std::string prefix = groups_.size() > 1 ? "param_groups[" + std::to_string(g) + "]: " : "";
@@ -262,19 +262,22 @@ public:
                 prepared.sources[g].step = 0;
                 prepared.sources[g].lr_on_gpu = is_lr_on_gpu(prepared.dicts[g]);
             }
-            prepared.hypers.push_back(read_group(prepared.dicts[g], groups_[g], scale, prepared.sources[g]));
+            prepared.hypers.push_back(
+                read_group(prepared.dicts[g], groups_[g], options.grad_scale, prepared.sources[g]));
         }
         gather(grads, nested, prepared);
+        StepOutcome outcome;
         {
             const std::lock_guard<Optimizer> lock(*this);
             if (prepared.gradients.size() != parameters_.size()) {
                 throw py::value_error("param_groups: a group was added while a step was being prepared");
             }
-            run(prepared);
+            outcome = run(prepared, options);
         }
         prepared.clear();
         const std::lock_guard<Optimizer> lock(*this);
         std::swap(prepared, spare_);
+        return outcome;
     }
 
     std::vector<int64_t> steps() {
@@ -433,7 +436,7 @@ private:
         }
     };
 
-    void run(const Preparation& prepared) {
+    StepOutcome run(const Preparation& prepared, const GradientOptions& options) {
         call_.clear();
         for (size_t g = 0; g < prepared.hypers.size(); ++g) {
             call_.next_hyper();
@@ -447,19 +450,45 @@ private:
                 if (i + 8 < end && watches_[i + 8].usual) {
                     prefetch_shapes(watches_[i + 8].array, prepared.gradients[i + 8].ptr());
                 }
-                if (!prepared.gradients[i].is_none())
+                if (!prepared.gradients[i].is_none()) {
                     add_gradient(i, prepared.gradients[i], prepared.hypers[g], group);
-                else if (group.state != nullptr)
+                    if (options.needs_norm()) call_.order.push_back({watches_[i].rule, watches_[i].dtype});
+                } else if (group.state != nullptr) {
                     throw_no_gradient(parameters_[i]);
+                }
             }
             if (group.state != nullptr) add_group_on_gpu(group, prepared, g);
         }
-        call_.run();
+        if (options.zero_grad) check_zeroed_gradients(prepared);
+        const StepOutcome outcome = call_.run(options);
+        if (outcome.skipped) return outcome;
         for (size_t g = 0; g < prepared.hypers.size(); ++g) {
             Group<Hyper>& group = groups_[g];
             for (int64_t i = group.first; i < group.first + group.count; ++i) {
                 if (!prepared.gradients[i].is_none()) group.latest = std::max(group.latest, ++steps_[i]);
             }
+        }
+        return outcome;
+    }
+
+    // That they share no memory with a parameter or its state has been seen; nor may they with each other.
+    void check_zeroed_gradients(const Preparation& prepared) {
+        for (size_t i = 0; i < parameters_.size(); ++i) {
+            if (prepared.gradients[i].is_none()) continue;
+            const ArrayName name{"grads", -1, &parameters_[i].suffix};
+            const ArrayView gradient = view_array(prepared.gradients[i], name, call_.gpu_arrays);
+            check_zeroed(gradient, name);
+            call_.extents.push_back(extent_of(gradient, true, name));
+        }
+        check_overlaps(call_.extents);
+    }
+
+    void refuse_on_gpu(const GradientOptions& options) const {
+        const char* const given = options.first_given();
+        if (given != nullptr && !parameters_.empty() && parameters_.front().view.device != ArrayView::host) {
+            throw py::value_error(
+                std::string(given) +
+                ": not supported for arrays on a GPU yet; leave it out, and do it with the arrays' own library");
         }
     }
 
@@ -759,9 +788,34 @@ private:
     Preparation spare_;
 };
 
+// What cast<Native&>() gives, without its search for the type: of a method, self is known to have it.
+template <class Native>
+Native& native_of(py::handle self) {
+    auto* const native =
+        reinterpret_cast<py::detail::instance*>(self.ptr())->get_value_and_holder().template value_ptr<Native>();
+    if (native == nullptr) throw py::type_error("the optimizer's __init__ was not called");
+    return *native;
+}
+
 template <class Hyper>
 void step(py::handle self, py::handle param_groups, py::handle grads, py::handle grad_scale, py::handle nested) {
-    self.cast<Optimizer<Hyper>&>().step(param_groups, grads, grad_scale, nested.ptr() == Py_True);
+    GradientOptions options;
+    options.grad_scale = read_number(grad_scale, "grad_scale", {});
+    native_of<Optimizer<Hyper>>(self).step(param_groups, grads, options, nested.ptr() == Py_True);
+}
+
+// Returns the norm, or None, and whether the step was skipped.
+template <class Hyper>
+py::object step_with_options(py::handle self, py::handle param_groups, py::handle grads, py::handle grad_scale,
+                             py::handle clip_norm, py::handle skip_nonfinite, py::handle zero_grad, py::handle nested) {
+    GradientOptions options;
+    options.grad_scale = read_number(grad_scale, "grad_scale", {});
+    if (!clip_norm.is_none()) options.clip_norm = read_clip_norm(clip_norm);
+    options.skip_nonfinite = read_flag(skip_nonfinite, "skip_nonfinite", {});
+    options.zero_grad = read_flag(zero_grad, "zero_grad", {});
+    const StepOutcome outcome =
+        native_of<Optimizer<Hyper>>(self).step(param_groups, grads, options, nested.ptr() == Py_True);
+    return py::make_tuple(outcome.grad_norm, outcome.skipped);
 }
 
 template <class Hyper>
@@ -774,6 +828,7 @@ void bind_family(py::module_& module, const char* name) {
         .def_readonly_static("group_state_bytes", &Native::group_state_bytes)
         .def_property("steps", &Native::steps, &Native::set_steps);
     def_fast_method<&step<Hyper>>(native, "step");
+    def_fast_method<&step_with_options<Hyper>>(native, "step_with_options");
 }
 
 }  // namespace

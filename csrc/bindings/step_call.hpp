@@ -2,13 +2,18 @@
 // each with the scalars of its step.
 #pragma once
 
+#include <cmath>
 #include <deque>
+#include <optional>
 #include <tuple>
+#include <type_traits>
+#include <variant>
 #include <vector>
 
 #include "../core/job.hpp"
 #include "../cpu/dispatch.hpp"
 #include "../cpu/float_environment.hpp"
+#include "../cpu/norm.hpp"
 #include "../cpu/run.hpp"
 #include "../cpu/thread_pool.hpp"
 #include "boundary.hpp"
@@ -16,6 +21,27 @@
 #include "hyper_reader.hpp"
 
 namespace fusedstep {
+
+// What a call may do to its gradients beside the step.
+struct GradientOptions {
+    double grad_scale = 1;
+    std::optional<double> clip_norm;
+    bool skip_nonfinite = false;
+    bool zero_grad = false;
+
+    bool needs_norm() const { return clip_norm.has_value() || skip_nonfinite; }
+    const char* first_given() const {
+        return clip_norm.has_value() ? "clip_norm"
+               : skip_nonfinite      ? "skip_nonfinite"
+               : zero_grad           ? "zero_grad"
+                                     : nullptr;
+    }
+};
+
+struct StepOutcome {
+    std::optional<double> grad_norm;
+    bool skipped = false;
+};
 
 // Keeps its memory from call to call, so that a step allocates nothing once it has been taken before.
 class StepCall {
@@ -25,11 +51,19 @@ public:
     GpuArrays gpu_arrays;
     Placement placement;
 
+    // The rule and type of each tensor in the order that they were added in, which the norm is summed in.
+    struct Kind {
+        int rule;
+        DType dtype;
+    };
+    std::vector<Kind> order;
+
     void clear() {
         if (gpu_arrays.in_use()) clear_gpu();
         placement.clear();
         stores.clear();
         extents.clear();
+        order.clear();
         scalars_used_ = 0;
         known_[0] = known_[1] = {};
         for (auto& row : work_) {
@@ -67,19 +101,18 @@ public:
     }
 
     // The settings it needs are read first: if the environment names nonsense, nothing has been written.
-    void run() const {
+    StepOutcome run(const GradientOptions& options = {}) {
         if (placement.device() >= 0) {
             run_on_gpu();
-            return;
+            return {};
         }
         cpu::chosen_isa();
         cpu::num_threads();
         if (cpu::is_long(bytes())) {
             const py::gil_scoped_release release;
-            run_jobs();
-        } else {
-            run_jobs();
+            return run_jobs(options);
         }
+        return run_jobs(options);
     }
 
 private:
@@ -93,12 +126,7 @@ private:
         const void* scalars = nullptr;
     };
 
-    union AnyScalars {
-        GdScalars<float> gd32;
-        GdScalars<double> gd64;
-        AdamScalars<float> adam32;
-        AdamScalars<double> adam64;
-    };
+    using AnyScalars = std::variant<GdScalars<float>, GdScalars<double>, AdamScalars<float>, AdamScalars<double>>;
 
     template <class T, class Hyper>
     const void* new_scalars(const Hyper& hyper, int64_t step) {
@@ -106,7 +134,7 @@ private:
         if (scalars_used_ == scalars_.size()) scalars_.emplace_back();
         const auto computed = scalars<T>(hyper, step);
         check_scalars(hyper, computed);
-        return new (&scalars_[scalars_used_++]) auto(computed);
+        return &scalars_[scalars_used_++].emplace<std::remove_const_t<decltype(computed)>>(computed);
     }
 
     template <class Visit>
@@ -149,8 +177,51 @@ private:
         return bytes;
     }
 
-    void run_jobs() const {
-        for_each_job([](const Job& job) { cpu::run(job); });
+    StepOutcome run_jobs(const GradientOptions& options) {
+        StepOutcome outcome;
+        if (options.needs_norm()) apply_norm(options, outcome);
+        for_each_job([&](Job job) {
+            job.zero_grad = options.zero_grad;
+            if (!outcome.skipped)
+                cpu::run(job);
+            else if (job.zero_grad)
+                cpu::zero_gradients(job);
+        });
+        return outcome;
+    }
+
+    // Takes the norm, and decides with it.
+    void apply_norm(const GradientOptions& options, StepOutcome& outcome) {
+        const cpu::FloatEnvironment ieee;
+        const double norm = options.grad_scale * std::sqrt(sum_of_squares());
+        outcome.grad_norm = norm;
+        outcome.skipped = options.skip_nonfinite && !std::isfinite(norm);
+        if (outcome.skipped || !options.clip_norm.has_value()) return;
+        // As torch.nn.utils.clip_grad_norm_ has it; a NaN stays one.
+        const double coefficient = *options.clip_norm / (norm + 1e-6);
+        set_grad_scale(options.grad_scale * (coefficient > 1 ? 1 : coefficient));
+    }
+
+    double sum_of_squares() {
+        norm_.clear();
+        size_t next[Rules::count][dtype_count] = {};
+        for (const Kind& kind : order) {
+            const int dtype = static_cast<int>(kind.dtype);
+            norm_.add(work_[kind.rule][dtype].tensors[next[kind.rule][dtype]++], kind.dtype);
+        }
+        return norm_.sum_of_squares();
+    }
+
+    // In all scalars of the call, whose signs say which way to go.
+    void set_grad_scale(double scale) {
+        for (size_t i = 0; i < scalars_used_; ++i) {
+            std::visit(
+                [scale](auto& scalars) {
+                    using T = decltype(scalars.grad_scale);
+                    scalars.grad_scale = std::copysign(static_cast<T>(scale), scalars.grad_scale);
+                },
+                scalars_[i]);
+        }
     }
 
     std::tuple<std::vector<GroupOnGpu<GdHyper>>, std::vector<GroupOnGpu<AdamHyper>>> groups_;
@@ -158,6 +229,7 @@ private:
     Known known_[dtype_count];
     std::deque<AnyScalars> scalars_;
     size_t scalars_used_ = 0;
+    cpu::GradientNorm norm_;
 };
 
 }  // namespace fusedstep

@@ -43,7 +43,8 @@ struct Job {
     const Tensor* tensors;
     const int64_t* ends;
     int64_t count;
-    bool scalars_on_gpu;  // the tensors' scalars are in the GPU's memory
+    bool scalars_on_gpu;     // the tensors' scalars are in the GPU's memory
+    bool zero_grad = false;  // the gradients are set to zero once they have been read
 
     int64_t elements() const { return count == 0 ? 0 : ends[count - 1]; }
 
@@ -52,6 +53,7 @@ struct Job {
         const RuleStreams streams = rule_streams[rule];
         int64_t accesses = streams.count;
         for (unsigned written = streams.written; written != 0; written &= written - 1) ++accesses;
+        if (zero_grad) ++accesses;
         return elements() * accesses * item_size(dtype);
     }
 };

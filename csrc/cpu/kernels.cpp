@@ -12,6 +12,7 @@
 #include "../formats/native.hpp"
 #include "codec_loop.hpp"
 #include "fused_loop.hpp"
+#include "norm_loop.hpp"
 #include "step_loop.hpp"
 
 #define FUSEDSTEP_STRINGIZE(x) #x
@@ -68,7 +69,11 @@ constexpr FusedStep fused_steps[] = {
 
 template <class... All>
 constexpr KernelTable table_of(RuleList<All...>) {
-    const KernelTable table{{{step_loop<All, F32>, step_loop<All, F64>}...}, {}, fused_steps, std::size(fused_steps)};
+    const KernelTable table{{{step_loop<All, F32>, step_loop<All, F64>}...},
+                            {},
+                            fused_steps,
+                            std::size(fused_steps),
+                            {add_squares_loop<F64, float>, add_squares_loop<F64, double>}};
     return with_codecs(table, std::make_integer_sequence<int, format_count>());
 }
 

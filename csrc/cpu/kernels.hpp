@@ -1,5 +1,5 @@
-// What a per-ISA object provides: step loops by rule and element type, codecs by storage format, and step loops
-// for some combinations of formats.
+// What a per-ISA object provides: step loops by rule and element type, codecs by storage format, step loops for
+// some combinations of formats, and loops for the norm by element type.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,9 @@
 namespace fusedstep {
 
 using StepKernel = void (*)(void* const* streams, int64_t begin, int64_t count, const void* scalars);
+
+// Adds the squares of a part of a block to its lanes (core/norm.hpp).
+using AddSquares = void (*)(const void* values, int64_t count, double* lanes);
 
 struct Codec {
     void (*decode)(const Stream& stream, int64_t at, int64_t count, float* values);
@@ -31,6 +34,7 @@ struct KernelTable {
     Codec codec[format_count];
     const FusedStep* fused;
     int fused_count;
+    AddSquares add_squares[dtype_count];
 };
 
 namespace scalar {

@@ -9,6 +9,9 @@ namespace fusedstep::cpu {
 
 void run(const Job& job);
 
+// Sets a job's gradients to zero, without a step.
+void zero_gradients(const Job& job);
+
 // Whether a job that moves this much is worth leaving the calling thread for, and so the GIL.
 bool is_long(int64_t bytes);
 

@@ -8,6 +8,9 @@ namespace {
 
 constexpr int64_t tile_elements = 256;
 
+// Of every rule.
+constexpr int gradient_stream = 1;
+
 // NumPy's own limit is 64 dimensions.
 constexpr int max_dimensions = 64;
 
@@ -90,9 +93,9 @@ struct alignas(64) Buffer {
 
 class TiledStream {
 public:
-    TiledStream(const Job& job, const Tensor& tensor, int k)
+    TiledStream(DType dtype, const Tensor& tensor, int k)
         : format_(tensor.storage == nullptr ? Format::native : tensor.storage->formats[k]),
-          item_(layout_of(format_).item == 0 ? item_size(job.dtype) : layout_of(format_).item),
+          item_(layout_of(format_).item == 0 ? item_size(dtype) : layout_of(format_).item),
           extra_(layout_of(format_).extra),
           layout_(layout_of(format_).blockwise ? nullptr : tensor.layout),
           stream_{tensor.streams[k], tensor.storage == nullptr ? nullptr : tensor.storage->extras[k]},
@@ -139,6 +142,22 @@ public:
                               n);
     }
 
+    // A gradient's format stores 0 as zero bits, and keeps nothing beside the items.
+    void zero(int64_t begin, int64_t n) const {
+        if (layout_ == nullptr) {
+            std::memset(static_cast<char*>(stream_.items) + begin * item_, 0, n * item_);
+            return;
+        }
+        alignas(64) char zeros[tile_elements * 8] = {};
+        for (const int64_t end = begin + n; begin < end; begin += tile_elements) {
+            move_items<false>(layout_->shape, layout_->strides[k_], begin, stream_.items, zeros, item_,
+                              std::min(tile_elements, end - begin));
+        }
+    }
+
+    // Whether the kernel finds the values where they are stored.
+    bool in_place() const { return format_ == Format::native && layout_ == nullptr; }
+
 private:
     const Format format_;
     const int item_, extra_;
@@ -174,8 +193,11 @@ void tiled_step(const KernelTable& kernels, const Job& job, const Tensor& tensor
         count -= whole;
     }
     const StepKernel kernel = kernels.step[job.rule][static_cast<int>(job.dtype)];
-    const TiledStream streams[max_streams] = {
-        {job, tensor, 0}, {job, tensor, 1}, {job, tensor, 2}, {job, tensor, 3}, {job, tensor, 4}};
+    const TiledStream streams[max_streams] = {{job.dtype, tensor, 0},
+                                              {job.dtype, tensor, 1},
+                                              {job.dtype, tensor, 2},
+                                              {job.dtype, tensor, 3},
+                                              {job.dtype, tensor, 4}};
     Buffer buffers[max_streams];
     void* values[max_streams];
     for (const int64_t end = begin + count; begin < end; begin += tile_elements) {
@@ -186,6 +208,22 @@ void tiled_step(const KernelTable& kernels, const Job& job, const Tensor& tensor
             if (rule.written >> k & 1) streams[k].store(kernels, begin, n, buffers[k]);
         }
     }
+}
+
+void add_squares_of_gradient(const KernelTable& kernels, DType dtype, const Tensor& tensor, int64_t begin,
+                             int64_t count, double* lanes) {
+    const AddSquares add_squares = kernels.add_squares[static_cast<int>(dtype)];
+    const TiledStream gradient(dtype, tensor, gradient_stream);
+    Buffer buffer;
+    const int64_t at_once = gradient.in_place() ? count : tile_elements;
+    for (const int64_t end = begin + count; begin < end; begin += at_once) {
+        const int64_t n = std::min(at_once, end - begin);
+        add_squares(gradient.load(kernels, begin, n, buffer), n, lanes);
+    }
+}
+
+void zero_gradient(DType dtype, const Tensor& tensor, int64_t begin, int64_t count) {
+    TiledStream(dtype, tensor, gradient_stream).zero(begin, count);
 }
 
 }  // namespace fusedstep::cpu

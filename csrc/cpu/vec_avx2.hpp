@@ -55,6 +55,7 @@ struct F64 {
     FUSEDSTEP_INLINE F64(__m256d value) : x(value) {}
 
     FUSEDSTEP_INLINE static F64 load(const double* from) { return _mm256_loadu_pd(from); }
+    FUSEDSTEP_INLINE static F64 load(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
     FUSEDSTEP_INLINE static F64 load(const double* from, int n) { return _mm256_maskload_pd(from, first_lanes(2 * n)); }
     FUSEDSTEP_INLINE void store(double* to) const { _mm256_storeu_pd(to, x); }
     FUSEDSTEP_INLINE void store(double* to, int n) const { _mm256_maskstore_pd(to, first_lanes(2 * n), x); }

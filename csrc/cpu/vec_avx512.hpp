@@ -49,6 +49,7 @@ struct F64 {
 
     FUSEDSTEP_INLINE static __mmask8 first(int n) { return static_cast<__mmask8>((1u << n) - 1); }
     FUSEDSTEP_INLINE static F64 load(const double* from) { return _mm512_loadu_pd(from); }
+    FUSEDSTEP_INLINE static F64 load(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }
     FUSEDSTEP_INLINE static F64 load(const double* from, int n) { return _mm512_maskz_loadu_pd(first(n), from); }
     FUSEDSTEP_INLINE void store(double* to) const { _mm512_storeu_pd(to, x); }
     FUSEDSTEP_INLINE void store(double* to, int n) const { _mm512_mask_storeu_pd(to, first(n), x); }

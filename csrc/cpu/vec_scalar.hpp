@@ -22,7 +22,10 @@ struct Vec {
 
     FUSEDSTEP_INLINE explicit Vec(T value = 0) : x(value) {}
 
-    FUSEDSTEP_INLINE static Vec load(const T* from) { return Vec(*from); }
+    template <class From>
+    FUSEDSTEP_INLINE static Vec load(const From* from) {
+        return Vec(*from);
+    }
     FUSEDSTEP_INLINE static Vec load(const T* from, int) { return Vec(*from); }
     FUSEDSTEP_INLINE void store(T* to) const { *to = x; }
     FUSEDSTEP_INLINE void store(T* to, int) const { *to = x; }

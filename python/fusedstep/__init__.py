@@ -2,7 +2,8 @@
 
 from ._core import __version__, available_isas, get_isa, set_isa
 from .functional import adam_step, adamw_step, gd_step
-from .optim import GD, SGD, Adam, AdamW, Optimizer
+from .loss_scaler import LossScaler
+from .optim import GD, SGD, Adam, AdamW, Optimizer, StepInfo
 from .threads import get_num_threads, num_threads, set_num_threads
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "LossScaler",
     "Optimizer",
+    "StepInfo",
     "__version__",
     "adam_step",
     "adamw_step",

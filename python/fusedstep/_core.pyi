@@ -61,6 +61,17 @@ class _Optimizer:
     def step(
         self, param_groups: object, grads: object, grad_scale: object, nested: bool, /
     ) -> None: ...
+    def step_with_options(
+        self,
+        param_groups: object,
+        grads: object,
+        grad_scale: object,
+        clip_norm: object,
+        skip_nonfinite: object,
+        zero_grad: object,
+        nested: bool,
+        /,
+    ) -> tuple[float | None, bool]: ...
 
 @final
 class GdOptimizer(_Optimizer): ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -20,6 +20,25 @@ if TYPE_CHECKING:
     Params = Array | Sequence[Array] | Mapping[str, Array] | Sequence[Mapping[str, Any]]
     Grads = Array | Sequence[Any] | Mapping[str, Array | None]
     Schedule = float | Callable[[int], float]
+
+
+class StepInfo(NamedTuple):
+    """What a step reports.
+
+    Attributes
+    ----------
+    grad_norm : float or None
+        Euclidean norm of the scaled gradients, all of them together, before clipping; None unless
+        `clip_norm` or `skip_nonfinite` asked for it.
+    skipped : bool
+        Whether the step was left out because the norm was not finite.
+    """
+
+    grad_norm: float | None
+    skipped: bool
+
+
+_PLAIN = StepInfo(None, False)
 
 
 class Optimizer:
@@ -159,7 +178,15 @@ class Optimizer:
     def _new_counter(self, param: Any) -> Any:
         return gpu.zero_integers(-(-self._native.group_state_bytes // 8), param)
 
-    def step(self, grads: Grads, *, grad_scale: float = 1.0) -> None:
+    def step(
+        self,
+        grads: Grads,
+        *,
+        grad_scale: float = 1.0,
+        clip_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        zero_grad: bool = False,
+    ) -> StepInfo:
         """Update every parameter in place with its gradient.
 
         Parameters
@@ -171,6 +198,24 @@ class Optimizer:
             parameter, and that parameter's step count, as they are.
         grad_scale : float
             Multiplies the gradients, > 0.
+        clip_norm : float, optional
+            The greatest norm that the gradients may have, > 0: they are multiplied by
+            ``min(1, clip_norm / (norm + 1e-6))`` as well, where `norm` is the Euclidean norm of all
+            scaled gradients of this call together. That of a NaN or an infinity is not finite, and
+            without `skip_nonfinite` the step follows from it: a NaN makes every parameter NaN, an
+            infinity only its own and the other gradients 0.
+        skip_nonfinite : bool
+            Leave the step out when the norm is not finite: no parameter, no state and no step count
+            is changed.
+        zero_grad : bool
+            Set the gradients to zero in the same pass over memory, also when the step is skipped.
+            They must be writable and share no memory with each other.
+
+        Returns
+        -------
+        StepInfo
+            The norm, where `clip_norm` or `skip_nonfinite` asked for it, and whether the step was
+            skipped.
 
         Raises
         ------
@@ -178,9 +223,33 @@ class Optimizer:
             A gradient is of the wrong kind or dtype.
         ValueError
             A gradient is missing, of another shape or overlaps with what the step writes; a
-            hyper-parameter is out of range. Whatever the error, nothing was changed.
+            hyper-parameter is out of range; `clip_norm`, `skip_nonfinite` or `zero_grad` was given
+            for arrays on a GPU, which do not have them yet. Whatever the error, nothing was
+            changed.
+
+        Notes
+        -----
+        The norm is computed in float64. The squares of float64 gradients overflow from about 1e154
+        on, and the norm is then infinite.
+
+        References
+        ----------
+        Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML
+        2013, algorithm 1, as in ``torch.nn.utils.clip_grad_norm_``.
         """
-        self._native.step(self.param_groups, grads, grad_scale, self._grads_by_group)
+        if clip_norm is None and skip_nonfinite is False and zero_grad is False:
+            self._native.step(self.param_groups, grads, grad_scale, self._grads_by_group)
+            return _PLAIN
+        info = self._native.step_with_options(
+            self.param_groups,
+            grads,
+            grad_scale,
+            clip_norm,
+            skip_nonfinite,
+            zero_grad,
+            self._grads_by_group,
+        )
+        return StepInfo(*info)
 
     @property
     def state(self) -> dict[int, dict[str, Any]]:
@@ -496,6 +565,7 @@ class GD(Optimizer):
     >>> theta = np.array([1.0, -2.0], dtype=np.float32)
     >>> optimizer = fs.GD(theta, lr=0.25)
     >>> optimizer.step(2 * theta)
+    StepInfo(grad_norm=None, skipped=False)
     >>> theta
     array([ 0.5, -1. ], dtype=float32)
     """
@@ -606,7 +676,8 @@ class Adam(Optimizer):
     >>> import numpy as np, fusedstep as fs
     >>> weights = {"w": np.ones((3, 2)), "b": np.zeros(2)}
     >>> optimizer = fs.Adam(weights, lr=lambda t: 1e-3 * min(1, t / 100))
-    >>> optimizer.step({"w": np.full((3, 2), 0.5), "b": None})
+    >>> optimizer.step({"w": np.full((3, 2), 0.5), "b": None}, clip_norm=1.0)
+    StepInfo(grad_norm=1.224744871391589, skipped=False)
     """
 
     def __init__(

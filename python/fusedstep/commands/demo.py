@@ -152,7 +152,7 @@ def check_bowl(seed: int, console: Any) -> bool:
 
 
 class Optimizer(Protocol):
-    def step(self, grads: digits.Params) -> None: ...
+    def step(self, grads: digits.Params) -> object: ...
 
 
 MakeOptimizer = Callable[[digits.Params, Callable[[int], float]], Optimizer]
