@@ -489,6 +489,31 @@ def test_a_state_that_does_not_fit_is_refused(change, error, message):
         optimizer.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("grad_dtype", [float32, bfloat16, float16])
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
+def test_clipping_and_zeroing_with_narrow_arrays(isa, grad_dtype, state_dtype):
+    rng = np.random.default_rng(11)
+    values = rng.standard_normal(1000).astype(bfloat16)
+    grads = rng.standard_normal(1000).astype(grad_dtype)
+    norm = np.sqrt((grads.astype(np.float64) ** 2).sum())
+    options = {"state_dtype": state_dtype, "master_weights": "correction8", "seed": SEED}
+    clipped, scaled = values.copy(), values.copy()
+    optimizer = fs.Adam(clipped, lr=0.01, **options)
+    cleared = grads.copy()
+    info = optimizer.step(cleared, clip_norm=2.0, zero_grad=True)
+    assert info.grad_norm == pytest.approx(norm, rel=1e-12)
+    assert not cleared.astype(np.float32).any()
+    other = fs.Adam(scaled, lr=0.01, **options)
+    other.step(grads, grad_scale=2.0 / (info.grad_norm + 1e-6))
+    assert_same(clipped, scaled)
+
+    grads[500] = np.inf
+    before = [clipped, *(a for key, a in optimizer.state[0].items() if key != "step")]
+    with assert_unchanged(*before):
+        assert optimizer.step(grads, skip_nonfinite=True).skipped
+    assert optimizer.state[0]["step"] == 1
+
+
 def test_float64_gradients_of_narrow_parameters_are_refused():
     param = np.ones(3, bfloat16)
     optimizer = fs.Adam(param, master_weights="float32")
