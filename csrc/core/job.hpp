@@ -12,6 +12,9 @@
 
 namespace fusedstep {
 
+// The gradient's place among the streams of every rule.
+constexpr int gradient_stream = 1;
+
 // How to walk a parameter whose arrays do not share one dense layout. Strides are in bytes, the last
 // dimension varies fastest. Blockwise formats have none: their elements are numbered in the order of the walk.
 struct StridedLayout {

@@ -73,7 +73,8 @@ constexpr KernelTable table_of(RuleList<All...>) {
                             {},
                             fused_steps,
                             std::size(fused_steps),
-                            {add_squares_loop<F64, float>, add_squares_loop<F64, double>}};
+                            {{add_squares_loop<F64, float>, add_squares_side_by_side<F64, float>},
+                             {add_squares_loop<F64, double>, add_squares_side_by_side<F64, double>}}};
     return with_codecs(table, std::make_integer_sequence<int, format_count>());
 }
 

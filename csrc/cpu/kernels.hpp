@@ -13,8 +13,14 @@ namespace fusedstep {
 
 using StepKernel = void (*)(void* const* streams, int64_t begin, int64_t count, const void* scalars);
 
-// Adds the squares of a part of a block to its lanes (core/norm.hpp).
-using AddSquares = void (*)(const void* values, int64_t count, double* lanes);
+// Memory is read faster in several streams than in one.
+constexpr int blocks_side_by_side = 4;
+
+// Adding squares to the lanes of blocks, which core/norm.hpp describes.
+struct NormKernel {
+    void (*part)(const void* values, int64_t count, double* lanes);  // of one block
+    void (*side_by_side)(const void* values, double* lanes);         // of that many whole blocks, one after the other
+};
 
 struct Codec {
     void (*decode)(const Stream& stream, int64_t at, int64_t count, float* values);
@@ -34,7 +40,7 @@ struct KernelTable {
     Codec codec[format_count];
     const FusedStep* fused;
     int fused_count;
-    AddSquares add_squares[dtype_count];
+    NormKernel norm[dtype_count];
 };
 
 namespace scalar {

@@ -9,6 +9,14 @@
 #include "tile.hpp"
 
 namespace fusedstep::cpu {
+namespace {
+
+bool is_plain(const Tensor& tensor) {
+    return tensor.layout == nullptr &&
+           (tensor.storage == nullptr || tensor.storage->formats[gradient_stream] == Format::native);
+}
+
+}  // namespace
 
 void GradientNorm::clear() {
     gradients_.clear();
@@ -29,7 +37,7 @@ double GradientNorm::sum_of_squares() {
     sums_.resize(blocks);
     parallel_for(blocks * norm_block, bytes_, [&](int64_t from, int64_t to) {
         const FloatEnvironment ieee;
-        for (int64_t block = from / norm_block; block < to / norm_block; ++block) sum_block(block);
+        sum_blocks(from / norm_block, to / norm_block);
     });
     const FloatEnvironment ieee;
     int64_t begin = 0;
@@ -39,14 +47,25 @@ double GradientNorm::sum_of_squares() {
     return sum_in_pairs(sums_.data(), static_cast<int64_t>(gradients_.size()));
 }
 
-void GradientNorm::sum_block(int64_t block) {
-    const int64_t i = std::upper_bound(ends_.begin(), ends_.end(), block) - ends_.begin();
-    const Gradient& gradient = gradients_[i];
-    const int64_t begin = (block - (i == 0 ? 0 : ends_[i - 1])) * norm_block;
-    const int64_t count = std::min(norm_block, gradient.tensor->size - begin);
-    alignas(64) double lanes[norm_lanes] = {};
-    add_squares_of_gradient(*chosen_isa().kernels, gradient.dtype, *gradient.tensor, begin, count, lanes);
-    sums_[block] = sum_in_pairs(lanes, norm_lanes);
+void GradientNorm::sum_blocks(int64_t begin, int64_t end) {
+    const KernelTable& kernels = *chosen_isa().kernels;
+    size_t i = std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin();
+    for (int64_t block = begin, blocks = 0; block < end; block += blocks) {
+        while (ends_[i] <= block) ++i;
+        const auto& [tensor, dtype] = gradients_[i];
+        const int64_t first = (block - (i == 0 ? 0 : ends_[i - 1])) * norm_block;
+        alignas(64) double lanes[blocks_side_by_side * norm_lanes] = {};
+        if (is_plain(*tensor) && block + blocks_side_by_side <= end &&
+            first + blocks_side_by_side * norm_block <= tensor->size) {
+            blocks = blocks_side_by_side;
+            const char* const values = static_cast<const char*>(tensor->streams[gradient_stream]);
+            kernels.norm[static_cast<int>(dtype)].side_by_side(values + first * item_size(dtype), lanes);
+        } else {
+            blocks = 1;
+            add_squares_of_gradient(kernels, dtype, *tensor, first, std::min(norm_block, tensor->size - first), lanes);
+        }
+        for (int64_t k = 0; k < blocks; ++k) sums_[block + k] = sum_in_pairs(lanes + k * norm_lanes, norm_lanes);
+    }
 }
 
 }  // namespace fusedstep::cpu

@@ -23,7 +23,7 @@ private:
         DType dtype;
     };
 
-    void sum_block(int64_t block);
+    void sum_blocks(int64_t begin, int64_t end);
 
     std::vector<Gradient> gradients_;
     std::vector<int64_t> ends_;  // ends_[i]: the number of blocks in gradients 0 to i

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../core/norm.hpp"
+#include "kernels.hpp"
 
 namespace fusedstep {
 
@@ -20,10 +21,9 @@ FUSEDSTEP_INLINE void add_squares_of_lanes(V (&sums)[norm_lanes / V::lanes], con
 
 // Only the last part of a block may have a count that is no multiple of the lanes.
 template <class V, class T>
-void add_squares_loop(const void* values, int64_t count, double* lanes) {
+FUSEDSTEP_INLINE void add_squares_of_part(const T* from, int64_t count, double* lanes) {
     V sums[norm_lanes / V::lanes];
     for (int u = 0; u < norm_lanes / V::lanes; ++u) sums[u] = V::load(lanes + u * V::lanes);
-    const T* from = static_cast<const T*>(values);
     for (; count >= norm_lanes; count -= norm_lanes, from += norm_lanes) add_squares_of_lanes<V>(sums, from);
     if (count > 0) {
         T padded[norm_lanes] = {};
@@ -31,6 +31,23 @@ void add_squares_loop(const void* values, int64_t count, double* lanes) {
         add_squares_of_lanes<V>(sums, padded);
     }
     for (int u = 0; u < norm_lanes / V::lanes; ++u) sums[u].store(lanes + u * V::lanes);
+}
+
+template <class V, class T>
+void add_squares_loop(const void* values, int64_t count, double* lanes) {
+    add_squares_of_part<V>(static_cast<const T*>(values), count, lanes);
+}
+
+// Whole blocks, a few lines of each in turn.
+template <class V, class T>
+void add_squares_side_by_side(const void* values, double* lanes) {
+    constexpr int64_t at_once = 4 * norm_lanes;
+    const T* const from = static_cast<const T*>(values);
+    for (int64_t at = 0; at < norm_block; at += at_once) {
+        for (int k = 0; k < blocks_side_by_side; ++k) {
+            add_squares_of_part<V>(from + k * norm_block + at, at_once, lanes + k * norm_lanes);
+        }
+    }
 }
 
 }  // namespace fusedstep

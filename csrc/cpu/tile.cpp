@@ -8,9 +8,6 @@ namespace {
 
 constexpr int64_t tile_elements = 256;
 
-// Of every rule.
-constexpr int gradient_stream = 1;
-
 // NumPy's own limit is 64 dimensions.
 constexpr int max_dimensions = 64;
 
@@ -155,9 +152,6 @@ public:
         }
     }
 
-    // Whether the kernel finds the values where they are stored.
-    bool in_place() const { return format_ == Format::native && layout_ == nullptr; }
-
 private:
     const Format format_;
     const int item_, extra_;
@@ -212,13 +206,11 @@ void tiled_step(const KernelTable& kernels, const Job& job, const Tensor& tensor
 
 void add_squares_of_gradient(const KernelTable& kernels, DType dtype, const Tensor& tensor, int64_t begin,
                              int64_t count, double* lanes) {
-    const AddSquares add_squares = kernels.add_squares[static_cast<int>(dtype)];
     const TiledStream gradient(dtype, tensor, gradient_stream);
     Buffer buffer;
-    const int64_t at_once = gradient.in_place() ? count : tile_elements;
-    for (const int64_t end = begin + count; begin < end; begin += at_once) {
-        const int64_t n = std::min(at_once, end - begin);
-        add_squares(gradient.load(kernels, begin, n, buffer), n, lanes);
+    for (const int64_t end = begin + count; begin < end; begin += tile_elements) {
+        const int64_t n = std::min(tile_elements, end - begin);
+        kernels.norm[static_cast<int>(dtype)].part(gradient.load(kernels, begin, n, buffer), n, lanes);
     }
 }
 

@@ -11,7 +11,7 @@ namespace fusedstep::cpu {
 void tiled_step(const KernelTable& kernels, const Job& job, const Tensor& tensor, int64_t begin, int64_t count);
 
 // Adds the squares of elements [begin, begin + count) of a gradient, part of one block, to the block's lanes. Here
-// and below the tensor may be dense and native too, and `dtype` is what its rule computes in.
+// and below the gradient may be dense and native too, and `dtype` is what its rule computes in.
 void add_squares_of_gradient(const KernelTable& kernels, DType dtype, const Tensor& tensor, int64_t begin,
                              int64_t count, double* lanes);
 
