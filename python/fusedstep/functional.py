@@ -38,9 +38,12 @@ def gd_step(
     Parameters
     ----------
     params : numpy.ndarray or list of numpy.ndarray
-        float32 or float64, any shape, written. A list is one call of the kernels.
+        float32, float64, bfloat16 or float16, any shape, written. A list is one call of the
+        kernels. Of a 16-bit parameter, steps smaller than the spacing of its elements are lost, of
+        which a program is warned once; `fusedstep.Adam` and `GD` can keep them.
     grads : numpy.ndarray or list of numpy.ndarray
-        The gradients, of the shapes and dtypes of `params`.
+        The gradients, of the shapes of `params`; float64 with float64 parameters, else float32,
+        bfloat16 or float16.
     lr : float
         Learning rate, >= 0.
     momentum : float
@@ -54,7 +57,8 @@ def gd_step(
     maximize : bool
         Climb instead of descend.
     momentum_buffer : numpy.ndarray or list of numpy.ndarray, optional
-        Like `params`, written. Its content does not matter at step 1.
+        Like `params`, written; with 16-bit parameters float32, or bfloat16. Its content does not
+        matter at step 1.
     step : int or list of int, optional
         The number of this step, from 1; a list has one for each array.
     grad_scale : float
@@ -125,11 +129,15 @@ def adam_step(
     Parameters
     ----------
     params : numpy.ndarray or list of numpy.ndarray
-        float32 or float64, any shape, written. A list is one call of the kernels.
+        float32, float64, bfloat16 or float16, any shape, written. A list is one call of the
+        kernels. Of a 16-bit parameter, steps smaller than the spacing of its elements are lost, of
+        which a program is warned once; `fusedstep.Adam` and `GD` can keep them.
     grads : numpy.ndarray or list of numpy.ndarray
-        The gradients, of the shapes and dtypes of `params`.
+        The gradients, of the shapes of `params`; float64 with float64 parameters, else float32,
+        bfloat16 or float16.
     exp_avg, exp_avg_sq : numpy.ndarray or list of numpy.ndarray
-        First and second moment, like `params`, written; zeros before step 1.
+        First and second moment, like `params`, written; with 16-bit parameters float32, or
+        bfloat16. Zeros before step 1.
     step : int or list of int
         The number of this step, from 1; a list has one for each array.
     lr : float

@@ -194,8 +194,9 @@ class Optimizer:
         grads : numpy.ndarray, list or dict
             Of the same structure as the parameters: an array, a list of arrays, a dict of arrays
             by name, or, where the parameters were given as groups, a list with one of these for
-            each group. Shapes and dtypes are those of the parameters. A gradient of None leaves its
-            parameter, and that parameter's step count, as they are.
+            each group. Shapes are those of the parameters; dtypes are float64 with float64
+            parameters, else float32, bfloat16 or float16. A gradient of None leaves its parameter,
+            and that parameter's step count, as they are.
         grad_scale : float
             Multiplies the gradients, > 0.
         clip_norm : float, optional
@@ -512,8 +513,8 @@ class GD(Optimizer):
     Parameters
     ----------
     params : numpy.ndarray, list, dict, or list of groups
-        float32 or float64 arrays to be updated in place: one array, a list, a dict of arrays by
-        name, or a list of groups ``{"params": ..., "lr": ..., ...}``.
+        float32, float64, bfloat16 or float16 arrays to be updated in place: one array, a list, a
+        dict of arrays by name, or a list of groups ``{"params": ..., "lr": ..., ...}``.
     lr : float or callable
         Learning rate, >= 0. Any hyper-parameter that is a float may be a callable instead, which
         is given the number of the step about to be taken (from 1; in a group whose parameters
@@ -620,9 +621,9 @@ class Adam(Optimizer):
     Parameters
     ----------
     params : numpy.ndarray, list, dict, or list of groups
-        float32 or float64 arrays to be updated in place: one array, a list, a dict of arrays by
-        name, or a list of groups ``{"params": ..., "lr": ..., ...}``. Each array gets the state
-        arrays ``exp_avg`` and ``exp_avg_sq``.
+        float32, float64, bfloat16 or float16 arrays to be updated in place: one array, a list, a
+        dict of arrays by name, or a list of groups ``{"params": ..., "lr": ..., ...}``. Each array
+        gets the state arrays ``exp_avg`` and ``exp_avg_sq``.
     lr : float or callable
         Learning rate, >= 0. Any hyper-parameter that is a float may be a callable instead, which
         is given the number of the step about to be taken (from 1; in a group whose parameters
