@@ -10,7 +10,7 @@ from helpers import assert_unchanged
 import fusedstep as fs
 
 LANES, BLOCK = 32, 4096
-SIZES = [1, 31, 32, 33, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 77, 100_003]
+SIZES = [1, 31, 32, 33, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 4 * BLOCK - 1, 5 * BLOCK + 77, 100_003]
 OPTIMIZERS = {
     "gd": lambda p, **o: fs.GD(p, lr=0.1, **o),
     "momentum": lambda p, **o: fs.GD(p, lr=0.1, momentum=0.9, **o),

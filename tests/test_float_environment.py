@@ -71,6 +71,11 @@ def optimizer(arrays):
         array[...] = state
 
 
+def clipping(arrays):
+    info = fs.GD(arrays[0], lr=0.1).step(arrays[1], clip_norm=1.0)
+    arrays.append(np.array(info.grad_norm))
+
+
 def draw(size, dtype):
     """Return arrays of which a half is denormal, or becomes so in a step."""
     rng = np.random.default_rng(0)
@@ -81,7 +86,7 @@ def draw(size, dtype):
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("step", [gd, adam, amsgrad, optimizer])
+@pytest.mark.parametrize("step", [gd, adam, amsgrad, optimizer, clipping])
 @pytest.mark.parametrize(("size", "threads"), [(1003, 1), (400_003, 3)])
 def test_settings_of_the_caller(fenv, isa, setting, step, size, threads):
     bits, rounding = setting

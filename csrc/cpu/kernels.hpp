@@ -19,7 +19,7 @@ constexpr int blocks_side_by_side = 4;
 // Adding squares to the lanes of blocks, which core/norm.hpp describes.
 struct NormKernel {
     void (*part)(const void* values, int64_t count, double* lanes);  // of one block
-    void (*side_by_side)(const void* values, double* lanes);         // of that many whole blocks, one after the other
+    void (*side_by_side)(const void* values, double* lanes);         // of blocks_side_by_side whole blocks
 };
 
 struct Codec {
