@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import __version__
-from ..optim import Optimizer
+from ..optim import Optimizer, StepInfo
 from .boundary import Parameters, module_of, pack
 from .engine import agree, as_engine
 from .layout import Part, cut
@@ -25,22 +25,6 @@ if TYPE_CHECKING:
 BUCKET_BYTES = 16 << 20
 # How many buckets are under way in each direction.
 DEPTH = 2
-
-
-class StepInfo(NamedTuple):
-    """What a step found.
-
-    Attributes
-    ----------
-    grad_norm : float or None
-        Global norm of the reduced gradients times `grad_scale`, before clipping; None where nobody
-        asked for it.
-    skipped : bool
-        The gradients were not finite, and nothing was changed.
-    """
-
-    grad_norm: float | None = None
-    skipped: bool = False
 
 
 class ShardedOptimizer:
