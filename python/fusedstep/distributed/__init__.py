@@ -3,11 +3,12 @@
 Nothing here is imported by ``import fusedstep``, and no engine before it is used.
 """
 
+from ..optim import StepInfo
 from .checkpoint import Loaded
 from .engine import Engine, LocalEngine, Request
 from .mpi import MpiEngine
 from .nccl import NcclEngine
-from .sharded import ShardedOptimizer, StepInfo
+from .sharded import ShardedOptimizer
 from .torch import TorchEngine
 
 __all__ = [
