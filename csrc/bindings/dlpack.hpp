@@ -7,7 +7,7 @@
 namespace fusedstep::dlpack {
 
 enum DeviceType : int32_t { cpu = 1, cuda = 2, cuda_managed = 13 };
-enum TypeCode : uint8_t { floating = 2 };
+enum TypeCode : uint8_t { floating = 2, bfloat = 4 };
 constexpr uint64_t flag_read_only = 1;
 
 struct Device {
@@ -43,6 +43,18 @@ struct ManagedTensorVersioned {
     void (*deleter)(ManagedTensorVersioned*);
     uint64_t flags;
     Tensor tensor;
+};
+
+// What a type's `__dlpack_c_exchange_api__` holds: functions that describe its arrays without a capsule for each.
+struct ExchangeApi {
+    uint32_t major, minor;
+    const ExchangeApi* previous;
+    void* allocate;
+    void* managed_tensor_from_object;
+    void* managed_tensor_to_object;
+    // 0, or -1 with a Python exception set. What the description points to is the array's own.
+    int (*tensor_from_object)(void* object, Tensor* out);
+    void* current_work_stream;
 };
 
 }  // namespace fusedstep::dlpack

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -16,6 +17,7 @@
 #include "../formats/random.hpp"
 #include "fast_function.hpp"
 #include "step_call.hpp"
+#include "torch_tensors.hpp"
 
 namespace fusedstep {
 namespace {
@@ -28,7 +30,7 @@ struct Keys {
                nesterov = interned("nesterov"), betas = interned("betas"), eps = interned("eps"),
                weight_decay = interned("weight_decay"), maximize = interned("maximize"),
                bias_correction = interned("bias_correction"), amsgrad = interned("amsgrad"),
-               params = interned("params");
+               params = interned("params"), decoupled_weight_decay = interned("decoupled_weight_decay");
 
     // As the keys of a dict written in a program are: looked up without comparing characters.
     static py::object interned(const char* key) {
@@ -48,6 +50,9 @@ public:
     double number(py::handle key, const char* name) const { return read_number(item(key, name), name, source_); }
     double lr() const { return source_.lr_on_gpu ? 0.5 : number(keys().lr, "lr"); }
     bool flag(py::handle key, const char* name) const { return read_flag(item(key, name), name, source_); }
+    bool flag_or(py::handle key, const char* name, bool otherwise) const {
+        return PyDict_GetItemWithError(group_.ptr(), key.ptr()) == nullptr ? otherwise : flag(key, name);
+    }
     void betas(AdamHyper& hyper) const { read_betas(item(keys().betas, "betas"), hyper.beta1, hyper.beta2, source_); }
 
 private:
@@ -68,17 +73,17 @@ template <>
 struct Family<GdHyper> {
     static int rule(size_t state_arrays) { return state_arrays == 0 ? rule_index<Gd> : rule_index<GdMomentum>; }
 
-    static GdHyper read(py::handle group, int rule, const HyperSource& source);
+    static GdHyper read(py::handle group, int rule, const HyperSource& source, bool decoupled = false);
 };
 
 template <>
 struct Family<AdamHyper> {
     static int rule(size_t state_arrays) { return state_arrays == 2 ? rule_index<Adam> : rule_index<AmsGrad>; }
 
-    static AdamHyper read(py::handle group, int rule, const HyperSource& source);
+    static AdamHyper read(py::handle group, int rule, const HyperSource& source, bool decoupled = false);
 };
 
-GdHyper Family<GdHyper>::read(py::handle group, int rule, const HyperSource& source) {
+GdHyper Family<GdHyper>::read(py::handle group, int rule, const HyperSource& source, bool) {
     const GroupReader reader(group, source);
     GdHyper hyper;
     hyper.lr = reader.lr();
@@ -95,15 +100,18 @@ GdHyper Family<GdHyper>::read(py::handle group, int rule, const HyperSource& sou
     return hyper;
 }
 
-AdamHyper Family<AdamHyper>::read(py::handle group, int rule, const HyperSource& source) {
+AdamHyper Family<AdamHyper>::read(py::handle group, int rule, const HyperSource& source, bool decoupled) {
     const GroupReader reader(group, source);
     AdamHyper hyper;
+    hyper.decoupled = decoupled;
     hyper.lr = reader.lr();
     reader.betas(hyper);
     hyper.eps = reader.number(keys().eps, "eps");
     hyper.weight_decay = reader.number(keys().weight_decay, "weight_decay");
     hyper.maximize = reader.flag(keys().maximize, "maximize");
-    hyper.bias_correction = reader.flag(keys().bias_correction, "bias_correction");
+    // PyTorch's groups have no bias_correction, and ours no decoupled_weight_decay.
+    hyper.bias_correction = reader.flag_or(keys().bias_correction, "bias_correction", true);
+    hyper.decoupled = reader.flag_or(keys().decoupled_weight_decay, "decoupled_weight_decay", hyper.decoupled);
     if (reader.flag(keys().amsgrad, "amsgrad") != (rule == rule_index<AmsGrad>)) {
         throw py::value_error(source.prefix + "amsgrad: cannot change after the optimizer was made; make a new one");
     }
@@ -246,16 +254,8 @@ public:
     // Whatever may run Python code of the user's (schedules, keys of a dict, the end of a gradient) is done
     // without the lock, since that code may use this optimizer.
     StepOutcome step(py::handle param_groups, py::handle grads, const GradientOptions& options, bool nested) {
-        Preparation prepared;
-        {
-            const std::lock_guard<Optimizer> lock(*this);
-            refuse_on_gpu(options);
-            std::swap(prepared, spare_);
-            for (size_t g = 0; g < groups_.size(); ++g) {
-                const std::string prefix = groups_.size() > 1 ? "param_groups[" + std::to_string(g) + "]: " : "";
-                prepared.sources.push_back({prefix, groups_[g].latest + 1});
-            }
-        }
+        Preparation prepared = begin();
+        if (options.first_given() != nullptr) refuse_on_gpu(options);
         hold_dicts(param_groups, prepared);
         for (size_t g = 0; g < prepared.dicts.size(); ++g) {
             if (groups_[g].state != nullptr) {
@@ -274,10 +274,60 @@ public:
             }
             outcome = run(prepared, options);
         }
-        prepared.clear();
-        const std::lock_guard<Optimizer> lock(*this);
-        std::swap(prepared, spare_);
+        end(prepared);
         return outcome;
+    }
+
+    // Steps that find their gradients themselves, of tensors of PyTorch whose memory the parameters share.
+    //
+    // For each of PyTorch's groups: the number of the group here that has its parameters, or -1, and pairs of a
+    // tensor and the number of its parameter, or -1 where no gradient is expected. `state` is the items of the
+    // state as PyTorch has it, `counts` the step count of each parameter in PyTorch's memory, or None. `as_array`
+    // makes an array of a tensor.
+    void watch_tensors(const py::list& groups, const py::list& state, const py::list& counts,
+                       const py::object& as_array) {
+        const std::lock_guard<Optimizer> lock(*this);
+        for (const py::handle group : groups) {
+            WatchedGroup& watched = watched_groups_.emplace_back();
+            const auto pair = py::reinterpret_borrow<py::tuple>(group);
+            watched.group = pair[0].cast<int64_t>();
+            for (const py::handle item : pair[1]) {
+                const auto tensor = py::reinterpret_borrow<py::tuple>(item);
+                watched.tensors.push_back({tensor[0], tensor[1].cast<int64_t>()});
+                if (watched.tensors.back().parameter >= 0) watched_tensors_.append(tensor[0]);
+            }
+        }
+        for (const py::handle item : state) watched_state_.emplace_back(py::reinterpret_borrow<py::tuple>(item));
+        for (const py::handle count : counts) {
+            const bool counted = !count.is_none();
+            counts_.push_back(
+                {py::reinterpret_borrow<py::object>(count),
+                 counted ? reinterpret_cast<float*>(py::detail::array_proxy(count.ptr())->data) : nullptr});
+        }
+        as_array_ = as_array;
+    }
+
+    // Returns the tensors that were stepped; None, and nothing changed, where tensors or state are not those that are
+    // watched.
+    py::object step_tensors(py::handle param_groups, py::handle state, py::handle grad_scale) {
+        const double scale = read_number(grad_scale, "grad_scale", {});
+        Preparation prepared = begin();
+        bool as_watched = hold_watched_dicts(param_groups, prepared);
+        for (size_t g = 0; as_watched && g < groups_.size(); ++g) {
+            prepared.hypers.push_back(read_group(prepared.dicts[g], groups_[g], scale, prepared.sources[g]));
+            if constexpr (std::is_same_v<Hyper, GdHyper>) {
+                const bool has_momentum = parameters_[groups_[g].first].rule == rule_index<GdMomentum>;
+                as_watched = (prepared.hypers.back().momentum != 0) == has_momentum;
+            }
+        }
+        if (as_watched) {
+            const std::lock_guard<Optimizer> lock(*this);
+            as_watched = is_state_as_watched(state) && gather_tensors(param_groups, prepared);
+            if (as_watched) run(prepared, {});
+        }
+        const py::object stepped = as_watched ? stepped_tensors(prepared) : py::object(py::none());
+        end(prepared);
+        return stepped;
     }
 
     std::vector<int64_t> steps() {
@@ -427,14 +477,167 @@ private:
         std::vector<py::object> dicts;     // held: a schedule may change the list
         std::vector<Hyper> hypers;
         std::vector<py::object> gradients;  // of each parameter, or None
+        std::vector<char*> memory;          // of each gradient that needs no further check; empty: of none
 
         void clear() {
             sources.clear();
             dicts.clear();
             hypers.clear();
             gradients.clear();
+            memory.clear();
         }
     };
+
+    Preparation begin() {
+        Preparation prepared;
+        const std::lock_guard<Optimizer> lock(*this);
+        std::swap(prepared, spare_);
+        for (size_t g = 0; g < groups_.size(); ++g) {
+            const std::string prefix = groups_.size() > 1 ? "param_groups[" + std::to_string(g) + "]: " : "";
+            prepared.sources.push_back({prefix, groups_[g].latest + 1});
+        }
+        return prepared;
+    }
+
+    void end(Preparation& prepared) {
+        prepared.clear();
+        const std::lock_guard<Optimizer> lock(*this);
+        std::swap(prepared, spare_);
+    }
+
+    struct WatchedTensor {
+        py::object tensor;
+        int64_t parameter;
+    };
+
+    struct WatchedGroup {
+        int64_t group;
+        std::vector<WatchedTensor> tensors;
+    };
+
+    // A parameter's entry in PyTorch's state, and what is in it.
+    struct WatchedEntry {
+        explicit WatchedEntry(const py::tuple& item)
+            : key(item[0]), entry(item[1]), values(py::dict(entry).attr("values")()) {}
+
+        bool is(PyObject* other_key, PyObject* other_entry) const {
+            if (other_key != key.ptr() || other_entry != entry.ptr()) return false;
+            size_t i = 0;
+            Py_ssize_t place = 0;
+            for (PyObject* value; PyDict_Next(other_entry, &place, nullptr, &value); ++i) {
+                if (i == values.size() || value != values[i].ptr()) return false;
+            }
+            return i == values.size();
+        }
+
+        py::object key, entry;
+        py::list values;
+    };
+
+    // A step count in PyTorch's memory, which an array keeps.
+    struct Count {
+        py::object array;
+        float* memory;
+    };
+
+    bool is_state_as_watched(py::handle state) const {
+        if (!PyDict_Check(state.ptr())) return false;
+        size_t i = 0;
+        Py_ssize_t place = 0;
+        PyObject *key, *entry;
+        for (; PyDict_Next(state.ptr(), &place, &key, &entry); ++i) {
+            if (i == watched_state_.size() || !watched_state_[i].is(key, entry)) return false;
+        }
+        return i == watched_state_.size();
+    }
+
+    bool hold_watched_dicts(py::handle param_groups, Preparation& prepared) const {
+        if (!PyList_Check(param_groups.ptr()) ||
+            PyList_GET_SIZE(param_groups.ptr()) != static_cast<py::ssize_t>(watched_groups_.size()))
+            return false;
+        for (size_t g = 0; g < watched_groups_.size(); ++g) {
+            const py::object dict = item_of(param_groups, g);
+            if (!PyDict_Check(dict.ptr())) return false;
+            if (watched_groups_[g].group >= 0) prepared.dicts.push_back(dict);
+        }
+        return true;
+    }
+
+    bool gather_tensors(py::handle param_groups, Preparation& prepared) {
+        prepared.gradients.assign(parameters_.size(), py::none());
+        prepared.memory.assign(parameters_.size(), nullptr);
+        for (size_t g = 0; g < watched_groups_.size(); ++g) {
+            const std::vector<WatchedTensor>& tensors = watched_groups_[g].tensors;
+            PyObject* const params =
+                PyDict_GetItemWithError(PyList_GET_ITEM(param_groups.ptr(), g), keys().params.ptr());
+            if (params == nullptr || !PyList_Check(params) ||
+                PyList_GET_SIZE(params) != static_cast<py::ssize_t>(tensors.size()))
+                return false;
+            for (size_t i = 0; i < tensors.size(); ++i) {
+                const auto& [tensor, parameter] = tensors[i];
+                if (PyList_GET_ITEM(params, i) != tensor.ptr()) return false;
+                py::object gradient = tensor_reader_.gradient(tensor);
+                if (gradient.is_none()) continue;
+                if (parameter < 0 || !find_tensor_gradient(parameter, tensor, gradient, prepared)) return false;
+                prepared.gradients[parameter] = std::move(gradient);
+            }
+        }
+        return true;
+    }
+
+    py::list stepped_tensors(const Preparation& prepared) const {
+        const auto& gradients = prepared.gradients;
+        if (std::none_of(gradients.begin(), gradients.end(), [](const py::object& g) { return g.is_none(); }))
+            return watched_tensors_;
+        py::list stepped;
+        for (size_t i = 0; i < gradients.size(); ++i) {
+            if (!gradients[i].is_none()) stepped.append(watched_tensors_[i]);
+        }
+        return stepped;
+    }
+
+    // Finds where a gradient lies, if parameter and gradient are as usual, or makes an array of it. False if the
+    // parameter is not as it was.
+    bool find_tensor_gradient(int64_t i, py::handle tensor, py::object& gradient, Preparation& prepared) {
+        const Parameter& parameter = parameters_[i];
+        read_count(i);
+        dlpack::Tensor p, g;
+        if (parameter.c_contiguous && tensor_reader_.read(tensor, p) && is_contiguous_like(p, parameter.view)) {
+            if (watches_[i].bytes == 0) {
+                prepared.memory[i] = parameter.view.data;  // an empty tensor has none of its own
+                return true;
+            }
+            if (dlpack::memory(p) != parameter.view.data) return false;
+            if (tensor_reader_.read(gradient, g) && is_contiguous_like(g, parameter.view)) {
+                char* const data = dlpack::memory(g);
+                if (data < watches_[i].gap_begin || data + watches_[i].bytes > watches_[i].gap_end) {
+                    ArrayView view = parameter.view;
+                    view.data = data;
+                    view.object = gradient;
+                    check_gradient_memory(watches_[i], view, {"grads", -1, &parameter.suffix});
+                }
+                prepared.memory[i] = data;
+                return true;
+            }
+        } else {
+            const py::object array = as_array_(tensor);
+            if (!unchanged(parameter, view_array(array, {"params", -1, &parameter.suffix}, call_.gpu_arrays)))
+                return false;
+        }
+        gradient = as_array_(gradient);
+        return true;
+    }
+
+    // A step count may have been set where PyTorch keeps it. Beyond 2^24 a float32 no longer counts, but we do.
+    void read_count(int64_t i) {
+        const float* const count = counts_[i].memory;
+        if (count == nullptr || *count == static_cast<float>(steps_[i])) return;
+        if (!(*count >= 0) || *count >= 0x1p62f || *count != std::floor(*count)) {
+            throw py::value_error("state" + parameters_[i].suffix + "['step']: expected an integer, got " +
+                                  std::to_string(*count));
+        }
+        steps_[i] = static_cast<int64_t>(*count);
+    }
 
     StepOutcome run(const Preparation& prepared, const GradientOptions& options) {
         call_.clear();
@@ -451,7 +654,11 @@ private:
                     prefetch_shapes(watches_[i + 8].array, prepared.gradients[i + 8].ptr());
                 }
                 if (!prepared.gradients[i].is_none()) {
-                    add_gradient(i, prepared.gradients[i], prepared.hypers[g], group);
+                    if (!prepared.memory.empty() && prepared.memory[i] != nullptr) {
+                        add_contiguous_gradient(i, prepared.memory[i], scalars_for(i, prepared.hypers[g], group));
+                    } else {
+                        add_gradient(i, prepared.gradients[i], prepared.hypers[g], group);
+                    }
                     if (options.needs_norm()) call_.order.push_back({watches_[i].rule, watches_[i].dtype});
                 } else if (group.state != nullptr) {
                     throw_no_gradient(parameters_[i]);
@@ -465,7 +672,10 @@ private:
         for (size_t g = 0; g < prepared.hypers.size(); ++g) {
             Group<Hyper>& group = groups_[g];
             for (int64_t i = group.first; i < group.first + group.count; ++i) {
-                if (!prepared.gradients[i].is_none()) group.latest = std::max(group.latest, ++steps_[i]);
+                if (prepared.gradients[i].is_none()) continue;
+                group.latest = std::max(group.latest, ++steps_[i]);
+                if (!counts_.empty() && counts_[i].memory != nullptr)
+                    *counts_[i].memory = static_cast<float>(steps_[i]);
             }
         }
         return outcome;
@@ -483,7 +693,8 @@ private:
         check_overlaps(call_.extents);
     }
 
-    void refuse_on_gpu(const GradientOptions& options) const {
+    void refuse_on_gpu(const GradientOptions& options) {
+        const std::lock_guard<Optimizer> lock(*this);
         const char* const given = options.first_given();
         if (given != nullptr && !parameters_.empty() && parameters_.front().view.device != ArrayView::host) {
             throw py::value_error(
@@ -552,8 +763,7 @@ private:
     }
 
     Hyper read_group(py::handle dict, const Group<Hyper>& group, double scale, const HyperSource& source) const {
-        Hyper hyper = Family<Hyper>::read(dict, parameters_[group.first].rule, source);
-        if constexpr (std::is_same_v<Hyper, AdamHyper>) hyper.decoupled = decoupled_;
+        Hyper hyper = Family<Hyper>::read(dict, parameters_[group.first].rule, source, decoupled_);
         hyper.grad_scale = scale;
         check_hyper(hyper, source);
         return hyper;
@@ -643,20 +853,27 @@ private:
 
     void add_gradient(int64_t i, py::handle gradient, const Hyper& hyper, const Group<Hyper>& group) {
         const Watch& watch = watches_[i];
-        if (tensors_[i].storage != nullptr) parameters_[i].storage.random = random_stream(seed_, steps_[i] + 1);
-        const void* const scalars = group.state == nullptr ? call_.scalars_of(hyper, steps_[i] + 1, watch.dtype)
-                                                           : scalars_on_gpu(group, watch.dtype);
+        const void* const scalars = scalars_for(i, hyper, group);
         if (is_as_before(watch, gradient)) {
-            Tensor& tensor = call_.add(watch.rule, watch.dtype, tensors_[i]);
-            tensor.streams[1] = py::detail::array_proxy(gradient.ptr())->data;
-            tensor.scalars = scalars;
+            add_contiguous_gradient(i, py::detail::array_proxy(gradient.ptr())->data, scalars);
         } else if (void* const data = cupy_gradient_as_before(i, gradient); data != nullptr) {
-            Tensor& tensor = call_.add(watch.rule, watch.dtype, tensors_[i]);
-            tensor.streams[1] = data;
-            tensor.scalars = scalars;
+            add_contiguous_gradient(i, data, scalars);
         } else {
             call_.add(watch.rule, watch.dtype, checked_tensor(i, gradient)).scalars = scalars;
         }
+    }
+
+    // And prepares what the step of this parameter rounds at random.
+    const void* scalars_for(int64_t i, const Hyper& hyper, const Group<Hyper>& group) {
+        if (tensors_[i].storage != nullptr) parameters_[i].storage.random = random_stream(seed_, steps_[i] + 1);
+        return group.state == nullptr ? call_.scalars_of(hyper, steps_[i] + 1, watches_[i].dtype)
+                                      : scalars_on_gpu(group, watches_[i].dtype);
+    }
+
+    void add_contiguous_gradient(int64_t i, void* data, const void* scalars) {
+        Tensor& tensor = call_.add(watches_[i].rule, watches_[i].dtype, tensors_[i]);
+        tensor.streams[1] = data;
+        tensor.scalars = scalars;
     }
 
     static const void* scalars_on_gpu(const Group<Hyper>& group, DType dtype) {
@@ -783,6 +1000,14 @@ private:
     bool owned_dense_ = true;
     std::unique_ptr<const CupyReader> cupy_reader_;
 
+    // Of tensors of PyTorch; the counts are those of the parameters.
+    std::vector<WatchedGroup> watched_groups_;
+    std::vector<WatchedEntry> watched_state_;
+    py::list watched_tensors_;  // of each parameter
+    std::vector<Count> counts_;
+    py::object as_array_;
+    TorchReader tensor_reader_;
+
     // Of the step in progress; kept for their memory.
     StepCall call_;
     Preparation spare_;
@@ -825,6 +1050,8 @@ void bind_family(py::module_& module, const char* name) {
     native.def(py::init<bool, uint64_t>(), py::arg("decoupled") = false, py::arg("seed") = 0)
         .def("add_group", &Native::add_group)
         .def("check_group", &Native::check_group)
+        .def("watch_tensors", &Native::watch_tensors)
+        .def("step_tensors", &Native::step_tensors)
         .def_readonly_static("group_state_bytes", &Native::group_state_bytes)
         .def_property("steps", &Native::steps, &Native::set_steps);
     def_fast_method<&step<Hyper>>(native, "step");

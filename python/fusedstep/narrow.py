@@ -107,6 +107,24 @@ class Storage:
                 arrays[name][...] = param
         return arrays, extras
 
+    def state_dtypes(self, param: Array, state_keys: tuple[str, ...]) -> dict[str, np.dtype[Any]]:
+        """Return the dtype of each array that `new_state` makes, by name."""
+        narrow = param.dtype.itemsize == 2
+        float32 = np.dtype(np.float32)
+        dtypes = {}
+        for key in state_keys:
+            wanted = self._dtype(key)
+            if wanted == "8bit":
+                dtypes |= {key: code_dtype(key), key + UNITS: float32}
+            elif wanted == "bfloat16":
+                dtypes[key] = bfloat16()
+            else:
+                dtypes[key] = float32 if narrow else param.dtype
+        beside = _BESIDE.get(self.master_weights or "") if narrow else None
+        if beside is not None:
+            dtypes[beside[0]] = np.dtype(beside[1])
+        return dtypes
+
     def _dtype(self, key: str) -> str | None:
         if not isinstance(self.state_dtype, Mapping):
             return self.state_dtype

@@ -1,0 +1,62 @@
+#include "torch_tensors.hpp"
+
+namespace fusedstep {
+namespace {
+
+dlpack::DataType dlpack_type(DType dtype) {
+    const auto bits = static_cast<uint8_t>(8 * item_size(dtype));
+    return {dtype == DType::bfloat16 ? dlpack::bfloat : dlpack::floating, bits, 1};
+}
+
+}  // namespace
+
+bool is_contiguous_like(const dlpack::Tensor& tensor, const ArrayView& view) {
+    const dlpack::DataType type = dlpack_type(view.dtype);
+    if (tensor.device.type != dlpack::cpu || view.device != ArrayView::host || tensor.dtype.code != type.code ||
+        tensor.dtype.bits != type.bits || tensor.dtype.lanes != 1 || tensor.ndim != view.dimensions ||
+        reinterpret_cast<uintptr_t>(dlpack::memory(tensor)) % item_size(view.dtype) != 0) {
+        return false;
+    }
+    int64_t stride = 1;
+    for (int d = tensor.ndim - 1; d >= 0; --d) {
+        if (tensor.shape[d] != view.shape[d]) return false;
+        if (tensor.strides != nullptr && tensor.shape[d] != 1 && tensor.strides[d] != stride) return false;
+        stride *= tensor.shape[d];
+    }
+    return true;
+}
+
+py::object TorchReader::gradient(py::handle tensor) {
+    if (!looked_up_) look_up();
+    const py::handle type = py::type::handle_of(tensor);
+    if (!*gradient_ || !(type.is(tensor_type_) || type.is(parameter_type_))) return tensor.attr("grad");
+    py::object gradient = (*gradient_)(tensor);
+    if (!gradient) throw py::error_already_set();
+    return gradient;
+}
+
+bool TorchReader::read(py::handle tensor, dlpack::Tensor& description) {
+    if (!looked_up_) look_up();
+    const py::handle type = py::type::handle_of(tensor);
+    if (describe_ == nullptr || !(type.is(tensor_type_) || type.is(parameter_type_))) return false;
+    if (describe_(tensor.ptr(), &description) == 0) return true;
+    PyErr_Clear();  // the general way says what is wrong
+    return false;
+}
+
+void TorchReader::look_up() {
+    const py::module_ torch = py::module_::import("torch");
+    tensor_type_ = py::object(torch.attr("Tensor")).release();
+    parameter_type_ = py::object(torch.attr("nn").attr("Parameter")).release();
+    gradient_ = std::make_unique<const Getter>(tensor_type_, "grad");
+    const py::object capsule = py::getattr(tensor_type_, "__dlpack_c_exchange_api__", py::none());
+    if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+        const auto* api =
+            static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+        while (api != nullptr && api->major != 1) api = api->previous;
+        if (api != nullptr) describe_ = api->tensor_from_object;
+    }
+    looked_up_ = true;
+}
+
+}  // namespace fusedstep

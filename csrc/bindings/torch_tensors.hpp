@@ -1,0 +1,39 @@
+// Tensors of PyTorch in host memory, read through DLPack's exchange functions: no array is made of them.
+#pragma once
+
+#include <memory>
+
+#include "array_view.hpp"
+#include "dlpack.hpp"
+#include "gpu_arrays.hpp"
+
+namespace fusedstep {
+
+namespace dlpack {
+
+inline char* memory(const Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+
+}  // namespace dlpack
+
+// Whether a tensor is in host memory, C-contiguous and aligned, of the type and shape of a view.
+bool is_contiguous_like(const dlpack::Tensor& tensor, const ArrayView& view);
+
+// It never lets go of a type, so it may end without the GIL.
+class TorchReader {
+public:
+    py::object gradient(py::handle tensor);
+
+    // False for whatever is not exactly a torch.Tensor or torch.nn.Parameter, cannot be described, or is of a PyTorch
+    // without the exchange functions (they came with 2.10).
+    bool read(py::handle tensor, dlpack::Tensor& description);
+
+private:
+    void look_up();
+
+    bool looked_up_ = false;
+    py::handle tensor_type_, parameter_type_;
+    std::unique_ptr<const Getter> gradient_;
+    decltype(dlpack::ExchangeApi::tensor_from_object) describe_ = nullptr;
+};
+
+}  // namespace fusedstep

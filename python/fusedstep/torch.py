@@ -1,0 +1,541 @@
+"""The optimizers for PyTorch: `torch.optim.SGD`, `Adam` and `AdamW` with fused steps.
+
+Arguments, parameter groups, state and `state_dict` are those of `torch.optim`; the arithmetic is that of
+`fusedstep.GD`, `fusedstep.Adam` and `fusedstep.AdamW`, whose bits the parameters have. Nothing is copied: a
+step works in the tensors' own memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from . import _core, narrow
+from .optim import _checked_step, _warn_of_rounding
+
+__all__ = ["GD", "SGD", "Adam", "AdamW"]
+
+# What PyTorch's groups have come to hold over time, for state from before.
+_ADDED = {"amsgrad": False, "maximize": False, "nesterov": False}
+# How PyTorch runs a step, which is no concern of a checkpoint's here.
+_WAYS = ("foreach", "capturable", "differentiable", "fused")
+
+
+class _Optimizer(torch.optim.Optimizer):
+    """What the optimizers share: PyTorch's side holds parameters, groups and state; this binds them to the kernels.
+
+    The native optimizer is made when a step finds none, or finds that it no longer fits: tensors were moved
+    or exchanged, state was loaded, a parameter has its first gradient.
+    """
+
+    _storage: narrow.Storage
+    _native: Any = None
+    _loading: dict[str, Any] | None = None
+
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], storage: narrow.Storage, ways: dict[str, Any]
+    ) -> None:
+        for name, value in ways.items():
+            _check_way(name, value)
+        self._storage = storage
+        super().__init__(params, {**defaults, **ways})
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves the scaling to the step, as with PyTorch's own ``fused=True``."""
+        return bool(self.defaults["fused"])
+
+    def _state_keys(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def _make_native(self) -> Any:
+        raise NotImplementedError
+
+    def _counts_steps(self) -> bool:
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as `torch.optim.Optimizer.add_param_group`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A parameter or hyper-parameter cannot be used; nothing was added.
+        """
+        super().add_param_group(param_group)
+        try:
+            number = len(self.param_groups) - 1
+            group = self.param_groups[number]
+            for name in _WAYS:
+                if name in group:
+                    _check_way(name, group[name])
+            keys = self._state_keys(group)
+            self._make_native().check_group(group, number, len(keys), False)
+            self._storage.check(keys)
+            suffixes = _suffixes(group, number)
+            arrays = [
+                _checked_array(p, f"params{s}")
+                for p, s in zip(group["params"], suffixes, strict=True)
+            ]
+            for array, suffix in zip(arrays, suffixes, strict=True):
+                _core.check_parameter(array, suffix)
+            _warn_of_rounding(arrays, suffixes, self._storage)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._native = None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss and the gradients anew, and returns the loss.
+
+        Returns
+        -------
+        The loss that `closure` returned, or None.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A gradient, a parameter, a hyper-parameter or the state cannot be used. No parameter and
+            no state was changed.
+        """
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        ):
+            return self._observed_step(closure)
+        return self._step(closure)
+
+    # PyTorch would wrap it to call hooks and to show in a profile, which takes longer than a small step.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale = 1.0
+        # Both are set by a GradScaler for the time of a step.
+        if (found_inf := getattr(self, "found_inf", None)) is not None and found_inf.item():
+            return loss
+        if (grad_scale := getattr(self, "grad_scale", None)) is not None:
+            scale = 1.0 / float(grad_scale)
+        # Autograd must know: it refuses a backward pass through values that have changed since.
+        torch._C._increment_version(self._step_native(scale))
+        return loss
+
+    _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
+
+    def _step_native(self, scale: float) -> list[torch.Tensor]:
+        """Return the tensors that were stepped."""
+        if self._native is not None:
+            try:
+                stepped = self._native.step_tensors(self.param_groups, self.state, scale)
+                if stepped is not None:
+                    return stepped  # type: ignore[no-any-return]
+            except Exception:  # noqa: BLE001, S110 (raised again below, unless it is of what has changed)
+                pass
+        made = self._bind()
+        try:
+            stepped = self._native.step_tensors(self.param_groups, self.state, scale)
+            if stepped is None:
+                raise RuntimeError("parameters or state changed while a step was prepared")
+            return stepped  # type: ignore[no-any-return]
+        except Exception:
+            self._native = None
+            for param in made:
+                del self.state[param]
+            raise
+
+    def _bind(self) -> list[torch.Tensor]:
+        """Make the native optimizer for the tensors as they are; return those that were given state."""
+        native = self._make_native()
+        entries: dict[torch.Tensor, dict[str, Any]] = {}
+        groups, counts, steps = [], [], []
+        made = []
+        bound_groups = 0
+        for number, group in enumerate(self.param_groups):
+            keys = self._state_keys(group)
+            native.check_group(group, number, len(keys), False)
+            suffixes = _suffixes(group, number)
+            tensors: list[tuple[torch.Tensor, int]] = []
+            arrays, states, extras, used = [], [], [], []
+            for param, suffix in zip(group["params"], suffixes, strict=True):
+                before = {k: v for k, v in self.state.get(param, {}).items() if v is not None}
+                if param.grad is None and not before and (keys or not param.requires_grad):
+                    tensors.append((param, -1))
+                    continue
+                array = _checked_array(param, f"params{suffix}")
+                _core.check_parameter(array, suffix)
+                if param.grad is not None:
+                    _checked_array(param.grad, f"grads{suffix}")
+                entry, state, extra, step = self._entry(before, array, keys, suffix)
+                if entry:
+                    entries[param] = entry
+                    if not before:
+                        made.append(param)
+                tensors.append((param, len(steps)))
+                arrays.append(array)
+                states.append(state)
+                extras.append(extra)
+                used.append(suffix)
+                steps.append(step)
+                counts.append(_array(entry["step"]) if "step" in entry else None)
+            if arrays:
+                native.add_group(
+                    "list",
+                    arrays,
+                    [None] * len(arrays),
+                    [list(of_key) for of_key in zip(*states, strict=True)],
+                    used,
+                    None,
+                    [list(of_stream) for of_stream in zip(*extras, strict=True)],
+                    self._storage.master_weights == "stochastic",
+                )
+            groups.append((bound_groups if arrays else -1, tensors))
+            bound_groups += bool(arrays)
+        native.steps = steps
+        for param, entry in entries.items():
+            own = self.state[param]
+            own.clear()
+            own.update(entry)
+        native.watch_tensors(groups, list(self.state.items()), counts, _array)
+        self._native = native
+        return made
+
+    def _entry(
+        self, before: dict[str, Any], array: Any, keys: tuple[str, ...], suffix: str
+    ) -> tuple[dict[str, Any], list[Any], list[Any], int]:
+        """Return a parameter's entry in the state, its arrays, what lies beside each stream, and its step."""
+        where = f"state{suffix}"
+        if not before:
+            arrays, extras = self._storage.new_state(array, keys, suffix)
+            entry = {key: _tensor(own) for key, own in arrays.items()}
+            if self._counts_steps():
+                entry = {"step": torch.zeros(()), **entry}
+            return entry, [arrays[key] for key in keys], extras, 0
+        step = _checked_step(before.get("step", min(1, len(keys))), where)
+        for key in keys:
+            if key not in before:
+                raise ValueError(f"{where}: no {key!r}")
+        wanted = self._storage.state_dtypes(array, keys)
+        held = {k: _checked_array(v, f"{where}[{k!r}]") for k, v in before.items() if k != "step"}
+        if any(k not in held or held[k].dtype != dtype for k, dtype in wanted.items()):
+            own, _ = self._storage.new_state(array, keys, suffix)
+            values = narrow.fresh(array, own)
+            for key in own:
+                if key in held and not key.endswith(narrow.UNITS):
+                    values |= narrow.converted(held, key, own, array, where)
+            for key, value in values.items():
+                own[key][...] = value
+            held = {**held, **own}
+            before = {**before, **{key: _tensor(value) for key, value in own.items()}}
+        count = before.get("step")
+        if count is not None and not _is_count(count):
+            before["step"] = torch.tensor(float(step))
+        beside = [held[name] for name in ("master", "correction") if name in wanted]
+        extras = [
+            beside[0] if beside else None,
+            None,
+            *(held.get(k + narrow.UNITS) if k + narrow.UNITS in wanted else None for k in keys),
+        ]
+        return before, [held[key] for key in keys], extras, step
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over state and hyper-parameters, as `torch.optim.Optimizer.load_state_dict`.
+
+        State keeps its dtypes, which PyTorch casts to the parameters'; the next step converts what was
+        saved in another format.
+        """
+
+        def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+            self._loading = final
+
+        handle = self.register_load_state_dict_pre_hook(keep)  # the last of them
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_storage": self._storage}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._native = None
+        if self._loading is not None:
+            saved = chain.from_iterable(g["params"] for g in self._loading["param_groups"])
+            params = chain.from_iterable(g["params"] for g in self.param_groups)
+            for index, param in zip(saved, params, strict=True):
+                for key, value in self._loading["state"].get(index, {}).items():
+                    if isinstance(value, torch.Tensor) and key != "step":
+                        self.state[param][key] = value.to(param.device)
+        for group in self.param_groups:
+            for key, value in {**self.defaults, **_ADDED}.items():
+                if key in self.defaults:
+                    group.setdefault(key, value)
+            for name in _WAYS:
+                if name in self.defaults:
+                    group[name] = self.defaults[name]
+
+
+class SGD(_Optimizer):
+    """Gradient descent as `torch.optim.SGD`, with momentum or without. `GD` is another name for it.
+
+    Parameters
+    ----------
+    params : iterable
+        As PyTorch's: parameters, pairs of a name and a parameter, or groups. float32, float64,
+        bfloat16 or float16, dense, in host memory or on a CUDA GPU (there float32 and float64).
+    lr, momentum, dampening, weight_decay, nesterov, maximize
+        As PyTorch's. `lr` may be a tensor of one element.
+    foreach, differentiable : bool, optional
+        True is refused: there is one way to take a step.
+    fused : bool, optional
+        Steps are fused in any case. True also leaves a `GradScaler`'s scaling to the step, as it
+        does in PyTorch.
+    state_dtype, master_weights, seed
+        As those of `fusedstep.GD`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is sparse, complex or of another type that has no kernel; a number is out of
+        range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | torch.Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: str | Mapping[str, str | None] | None = None,
+        master_weights: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "maximize": maximize,
+            },
+            narrow.Storage(state_dtype, master_weights, seed),
+            {"foreach": foreach, "differentiable": differentiable, "fused": fused},
+        )
+
+    def _state_keys(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    def _make_native(self) -> Any:
+        return _core.GdOptimizer(seed=self._storage.seed)
+
+    def _counts_steps(self) -> bool:
+        """Whether steps are part of the state: only what is rounded at random depends on their number."""
+        return self._storage != narrow.Storage(seed=self._storage.seed)
+
+
+GD = SGD
+
+
+class Adam(_Optimizer):
+    """Adam as `torch.optim.Adam`.
+
+    Parameters
+    ----------
+    params : iterable
+        As PyTorch's: parameters, pairs of a name and a parameter, or groups. float32, float64,
+        bfloat16 or float16, dense, in host memory or on a CUDA GPU (there float32 and float64).
+    lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
+        As PyTorch's. `lr` and `betas` may be tensors of one element.
+    foreach, capturable, differentiable : bool, optional
+        True is refused: there is one way to take a step.
+    fused : bool, optional
+        Steps are fused in any case. True also leaves a `GradScaler`'s scaling to the step, as it
+        does in PyTorch.
+    state_dtype, master_weights, seed
+        As those of `fusedstep.Adam`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is sparse, complex or of another type that has no kernel; a number is out of
+        range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        state_dtype: str | Mapping[str, str | None] | None = None,
+        master_weights: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "amsgrad": amsgrad,
+                "maximize": maximize,
+                "decoupled_weight_decay": decoupled_weight_decay,
+            },
+            narrow.Storage(state_dtype, master_weights, seed),
+            {
+                "foreach": foreach,
+                "capturable": capturable,
+                "differentiable": differentiable,
+                "fused": fused,
+            },
+        )
+
+    def _state_keys(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        keys = ("exp_avg", "exp_avg_sq")
+        return (*keys, "max_exp_avg_sq") if group["amsgrad"] else keys
+
+    def _make_native(self) -> Any:
+        return _core.AdamOptimizer(seed=self._storage.seed)
+
+    def _counts_steps(self) -> bool:
+        return True
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay, as `torch.optim.AdamW`.
+
+    Parameters and errors are those of `Adam`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: str | Mapping[str, str | None] | None = None,
+        master_weights: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            seed=seed,
+        )
+
+
+def _check_way(name: str, value: Any) -> None:
+    if value is None or value is False or (name == "fused" and value is True):
+        return
+    if value is True:
+        raise ValueError(f"{name}=True: not supported; leave it out, a step is one fused pass")
+    raise TypeError(f"{name}: expected True, False or None, got {value!r}")
+
+
+def _suffixes(group: Mapping[str, Any], number: int) -> list[str]:
+    names = group.get("param_names", range(len(group["params"])))
+    return [f"[{number}][{name!r}]" for name in names]
+
+
+def _is_count(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dtype == torch.float32
+        and value.device.type == "cpu"
+        and value.dim() == 0
+    )
+
+
+def _checked_array(tensor: torch.Tensor, name: str) -> Any:
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{name}: a {tensor.layout} tensor; only dense (strided) tensors can be stepped"
+        )
+    if tensor.is_complex():
+        raise TypeError(
+            f"{name}: {tensor.dtype}; step torch.view_as_real(x), which shares its memory"
+        )
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise TypeError(
+            f"{name}: on device {tensor.device.type!r}; only tensors in host memory and on CUDA GPUs can be stepped"
+        )
+    try:
+        return _array(tensor)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"{name}: {tensor.dtype} {type(tensor).__qualname__}: {error}") from error
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """Return an array of a tensor's memory; on a GPU the tensor itself."""
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        return tensor
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(narrow.bfloat16())
+    return tensor.numpy()
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    """Return a tensor of an array's memory."""
+    if isinstance(array, torch.Tensor):
+        return array
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
