@@ -22,7 +22,7 @@ struct GpuBackend {
     // Loads the kernels of a rule and type now: their first launch would, but may not while a stream is captured.
     void (*load)(int rule, DType dtype, int device);
 
-    // The GPU whose memory a pointer points to.
+    // The GPU whose memory a pointer points to, or -1.
     int (*device_of)(const void* pointer);
 };
 

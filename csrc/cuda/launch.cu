@@ -181,9 +181,8 @@ void load(int rule, DType dtype, int device) {
 int device_of(const void* pointer) {
     cudaPointerAttributes attributes;
     check(cudaPointerGetAttributes(&attributes, pointer));
-    if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged)
-        check(cudaErrorInvalidValue);
-    return attributes.device;
+    const bool is_on_gpu = attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+    return is_on_gpu ? attributes.device : -1;
 }
 
 }  // namespace fusedstep::cuda
