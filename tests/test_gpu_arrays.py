@@ -371,6 +371,24 @@ def test_an_optimizer_says_for_which_libraries_it_allocates_state(gpu):
         fs.Adam(InterfaceArray(float32(3)))
 
 
+def test_kernels_that_cannot_be_loaded_leave_no_half_step(gpu):
+    def arrays():
+        return [CupyArray(float32(3)), CupyArray(np.ones(3))]
+
+    params, grads, fresh = arrays(), arrays(), arrays()
+    optimizer = fs.Adam(params)
+    gpu.set_refused_dtype(1)
+    for step in (lambda: fs.gd_step(params, grads), lambda: optimizer.step(grads)):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            step()
+    for param, untouched in zip(params, fresh, strict=True):
+        assert param.host.tobytes() == untouched.host.tobytes()
+    assert [state["step"] for state in optimizer.state.values()] == [0, 0]
+    gpu.set_refused_dtype(-1)
+    optimizer.step(grads)
+    assert [state["step"] for state in optimizer.state.values()] == [1, 1]
+
+
 def test_without_a_driver_a_step_says_so(monkeypatch):
     cuda = pytest.importorskip("fusedstep._cuda", reason="this build has no CUDA backend")
     if cuda.info()["driver"] != "none":
