@@ -616,7 +616,7 @@ private:
         const Watch& watch = watches_[i];
         if (tensors_[i].storage != nullptr) parameters_[i].storage.random = random_stream(seed_, steps_[i] + 1);
         const void* const scalars = group.state == nullptr ? call_.scalars_of(hyper, steps_[i] + 1, watch.dtype)
-                                                           : scalars_on_gpu(group, watch.dtype);
+                                                           : scalars_on_gpu(group, hyper, watch.dtype);
         if (is_as_before(watch, gradient)) {
             Tensor& tensor = call_.add(watch.rule, watch.dtype, tensors_[i]);
             tensor.streams[1] = py::detail::array_proxy(gradient.ptr())->data;
@@ -630,7 +630,9 @@ private:
         }
     }
 
-    static const void* scalars_on_gpu(const Group<Hyper>& group, DType dtype) {
+    // The number of the step is not known here. The first has the largest scalars; they are computed to be checked.
+    const void* scalars_on_gpu(const Group<Hyper>& group, const Hyper& hyper, DType dtype) {
+        call_.scalars_of(hyper, 1, dtype);
         if (dtype == DType::float32) return &group.state->float32;
         return &group.state->float64;
     }
