@@ -31,7 +31,7 @@ CASES: tuple[tuple[Workload, tuple[Requirement, ...]], ...] = (
     (MLP, ()),
     (MANY_SMALL, ((OURS, "call", 5, FUSED),)),
     (GPT2_SMALL, ((OURS, "call", 1.3, FUSED),)),
-    (one_array(100_000_000), ((OURS, "gpu", 5, BY_HAND), (OURS, "gpu", 1 / 1.03, OFFSET))),
+    (one_array(100_000_000), ((OURS, "gpu", 5, BY_HAND), (OFFSET, "gpu", 1 / 1.03, OURS))),
     (
         one_array(1_000_000_000),
         ((OURS, "gpu", 0.92, COPY), (OURS, "gpu", 1.05, FUSED), (OURS, "gpu", 1.0, "best peer")),

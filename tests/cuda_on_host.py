@@ -48,3 +48,5 @@ def gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctype
     Cupy().install(monkeypatch)
     yield library
     library.set_most_blocks(3)
+    library.set_device_of_pointers(0)
+    library.set_refused_dtype(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -59,14 +60,45 @@ class Cupy:
         monkeypatch.setitem(sys.modules, "cupy", module)
 
 
+class DlpackTensor(ctypes.Structure):
+    """The beginning of DLPack's ``DLTensor``."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("device", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+    )
+
+
+def change_dlpack(capsule: Any, **changes: Any) -> None:
+    """Change fields of the tensor in a capsule, or ``length``, its first dimension's."""
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    versioned = "dltensor_versioned" in repr(capsule)
+    pointer = get(capsule, b"dltensor_versioned" if versioned else b"dltensor")
+    tensor = DlpackTensor.from_address(pointer + (32 if versioned else 0))
+    for name, value in changes.items():
+        if name == "length":
+            tensor.shape[0] = value
+        else:
+            setattr(tensor, name, value)
+
+
 class DlpackArray:
     """An array of a library that exports CUDA memory through DLPack."""
 
     def __init__(
-        self, array: NDArray[Any], *, versioned: bool = True, device_type: int = 2
+        self, array: NDArray[Any], *, versioned: bool = True, device_type: int = 2, **tensor: Any
     ) -> None:
         self.host, self.dtype, self.shape = array, array.dtype, array.shape
         self.versioned, self.device_type = versioned, device_type
+        # What the capsule says otherwise than NumPy's own.
+        self.tensor = {"type": device_type, **tensor}
         self.streams: list[int] = []
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -76,7 +108,9 @@ class DlpackArray:
         if options and not self.versioned:
             raise TypeError("no such argument")
         self.streams.append(stream)
-        return self.host.__dlpack__(**options)
+        capsule = self.host.__dlpack__(**options)
+        change_dlpack(capsule, **self.tensor)
+        return capsule
 
 
 class InterfaceArray:

@@ -134,6 +134,33 @@ def test_what_cannot_be_captured_is_refused(gpu):
         fs.Adam(params, capturable=1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (fs.GD, {"lr": 1e300}, "lr: 1e+300 is too large for float32"),
+        (fs.Adam, {"eps": 1e300}, "eps: 1e+300 is too large for float32"),
+        (fs.Adam, {"lr": 1e38}, "lr: lr / (1 - beta1 ** step) is too large for float32"),
+        (fs.AdamW, {"weight_decay": 1e300}, "weight_decay: 1e+300 is too large for float32"),
+    ],
+)
+def test_numbers_that_float32_cannot_hold_are_refused(kind, options, message, gpu):
+    begun = gpu.begun_count()
+    optimizer = kind([CupyArray(float32(3))], capturable=True, **options)
+    refused(ValueError, message, optimizer, [CupyArray(float32(3))])
+    assert gpu.begun_count() == begun
+
+
+def test_an_lr_on_the_gpu_stays_where_a_callable_was_saved(gpu):
+    plain = fs.Adam(float32(3), lr=lambda t: 0.1)
+    plain.step(float32(3))
+    lr = scalar(0.5)
+    optimizer = fs.Adam(CupyArray(float32(3)), lr=lr, capturable=True)
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr.host[0] == 0.5
+    assert optimizer.state[0]["step"] == 1
+
+
 def test_counts_that_differ_within_a_group_are_refused(gpu):
     plain = fs.Adam([float32(3), float32(3)])
     plain.step([float32(3), None])

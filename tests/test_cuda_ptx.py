@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
+# Of the build itself: without -fmad=false the scalars of a step would have other bits.
+CMAKE_FLAGS = re.search(
+    r"target_compile_options\(_cuda PRIVATE\s+\$<\$<COMPILE_LANGUAGE:CUDA>:(.*?)>\)",
+    (ROOT / "CMakeLists.txt").read_text(),
+)
 INSTRUCTION = re.compile(r"^\s*(?:@!?%p\d+ )?([a-z][\w.]+)", re.M)
 KERNEL = re.compile(
     r"\.entry \w*?step_kernelINS_\d+([A-Z]\w+?)E([fd])NS\d_\d(Dense|Strided)E(.*?)\n}\n", re.S
@@ -18,16 +22,23 @@ STREAMS = {"Gd": (2, 1), "GdMomentum": (3, 2), "Adam": (4, 3), "AmsGrad": (5, 4)
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, str, Counter[str]]]:
-    """Return each kernel's rule, element type, placing, and how often it has which instruction."""
+def ptx(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the kernels as nvcc compiles them."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
     ptx = tmp_path_factory.mktemp("cuda_ptx") / "launch.ptx"
     source = ROOT / "csrc" / "cuda" / "launch.cu"
-    subprocess.run(["nvcc", *FLAGS, "-ptx", "-arch=compute_75", source, "-o", ptx], check=True)
+    flags = ["-std=c++17", "-O3", *CMAKE_FLAGS[1].split()]
+    subprocess.run(["nvcc", *flags, "-ptx", "-arch=compute_75", source, "-o", ptx], check=True)
+    return ptx.read_text()
+
+
+@pytest.fixture(scope="module")
+def kernels(ptx: str) -> list[tuple[str, str, str, Counter[str]]]:
+    """Return each kernel's rule, element type, placing, and how often it has which instruction."""
     return [
         (rule, element, placing, Counter(INSTRUCTION.findall(body)))
-        for rule, element, placing, body in KERNEL.findall(ptx.read_text())
+        for rule, element, placing, body in KERNEL.findall(ptx)
     ]
 
 
@@ -60,3 +71,13 @@ def test_nothing_is_approximate_contracted_or_spilled(kernels):
             assert count[f"sqrt.rn.{width}"] == steps, where
             # The rule writes five; another would be a product and a sum that the compiler joined.
             assert count[f"fma.rn.{width}"] <= 5 * steps, where
+
+
+def test_the_scalars_of_a_step_are_computed_as_written(ptx):
+    bodies = re.findall(r"\.entry \w*begin_step_kernel\w*\((.*?)\n}\n", ptx, re.S)
+    assert len(bodies) == 2  # of gradient descent and of Adam
+    for body in bodies:
+        count = Counter(INSTRUCTION.findall(body))
+        assert not any(name.startswith("fma") or ".approx" in name for name in count)
+        assert not any(".ftz" in name or ".local" in name for name in count)
+    assert Counter(INSTRUCTION.findall(bodies[0] + bodies[1]))["sqrt.rn.f64"] > 0

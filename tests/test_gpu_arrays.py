@@ -140,6 +140,54 @@ def test_dtype_and_shape_are_checked(make, gpu):
 
 
 @pytest.mark.parametrize("make", [CupyArray, DlpackArray, InterfaceArray])
+def test_no_16_or_8_bit_array_reaches_a_launch(make, gpu):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    wide = [make(float32(3)) for _ in range(4)]
+    before = gpu.launch_count()
+    for dtype in (ml_dtypes.bfloat16, np.float16, np.int8, np.uint8, np.uint16, ">f4"):
+        if make is DlpackArray and dtype in (ml_dtypes.bfloat16, ">f4"):
+            continue  # NumPy cannot export them
+        narrow = make(float32(3).astype(dtype))
+        for k, name in enumerate(("params", "grads", "exp_avg", "exp_avg_sq")):
+            with pytest.raises(TypeError, match=rf"^{name}: .*(but its parameter is|on a GPU)"):
+                fs.adam_step(*wide[:k], narrow, *wide[k + 1 :], step=1)
+    assert gpu.launch_count() == before
+
+
+@pytest.mark.parametrize("storage", [{"state_dtype": "bfloat16"}, {"state_dtype": "8bit"}], ids=str)
+def test_narrow_state_on_a_gpu_is_refused(storage, gpu):
+    with pytest.raises(TypeError, match="params is float32 on a GPU"):
+        fs.Adam(CupyArray(float32(3)), **storage)
+
+
+@pytest.mark.parametrize("master", ["float32", "correction16", "correction8", "stochastic"])
+def test_narrow_parameters_on_a_gpu_are_refused(master, gpu):
+    dtype = pytest.importorskip("ml_dtypes").bfloat16
+    with pytest.raises(TypeError, match="bfloat16 parameters are not supported on a GPU"):
+        fs.Adam(CupyArray(float32(3).astype(dtype)), master_weights=master)
+
+
+class Bare:
+    """A producer that has nothing but the interface."""
+
+    def __init__(self, array):
+        self.host = array
+        self.__cuda_array_interface__ = InterfaceArray(array).__cuda_array_interface__
+
+
+def test_a_producer_needs_no_other_attributes(gpu):
+    p = Bare(float32(3))
+    refused(TypeError, "grads[0]: float64, but its parameter is float32", [p], [Bare(np.ones(3))])
+    refused(TypeError, "grads[0]: another dtype, but", [p], [Bare(np.ones(3, np.int32))])
+    refused(ValueError, "grads[0]: shape (4,), but its parameter has", [p], [Bare(float32(4))])
+    fs.gd_step(p, Bare(np.ones(3, np.float32)), lr=0.1)
+    assert p.host.tobytes() == stepped(float32(3)).tobytes()
+    for kind in (fs.GD, fs.Adam):
+        with pytest.raises(TypeError, match="cannot allocate state like a Bare of"):
+            kind(p)
+
+
+@pytest.mark.parametrize("make", [CupyArray, DlpackArray, InterfaceArray])
 def test_shared_memory_is_found(make, gpu):
     whole = float32(20)
     grads = [make(float32(10)), make(float32(10))]
@@ -193,6 +241,11 @@ def test_a_failing_dlpack_names_the_array(gpu):
         {"strides": "abc"},
         {"strides": (4, 4)},
         {"stream": "x"},
+        {"shape": (-3,)},
+        {"shape": (-3, -1)},
+        {"shape": (2**43,)},
+        {"shape": (2**32, 2**32)},
+        {"data": (0, False)},
     ],
     ids=repr,
 )
@@ -200,6 +253,45 @@ def test_a_malformed_interface_names_the_array(changes, gpu):
     array = InterfaceArray(float32(3), **changes)
     message = "params[0]: fake_gpu.InterfaceArray cannot be read as a GPU array"
     refused(TypeError, message, [array], [array])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": -1},
+        {"device": -2},
+        {"type": 1},
+        {"data": 0},
+        {"ndim": -1},
+        {"ndim": 65},
+        {"length": -3},
+        {"length": 2**43},
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("versioned", [False, True])
+def test_a_malformed_dlpack_tensor_names_the_array(versioned, changes, gpu):
+    before = gpu.launch_count()
+    array = DlpackArray(float32(3), versioned=versioned, **changes)
+    message = "params[0]: fake_gpu.DlpackArray cannot be read as a GPU array"
+    refused(TypeError, message, [array], [array])
+    assert gpu.launch_count() == before
+
+
+@pytest.mark.parametrize("given", [5, None, "abc"])
+def test_what_is_no_dlpack_capsule_names_the_array(given, gpu):
+    class NoCapsule(DlpackArray):
+        def __dlpack__(self, **options):
+            return given
+
+    message = "NoCapsule cannot be read as a GPU array: not a DLPack capsule"
+    refused(TypeError, message, [NoCapsule(float32(3))], [float32(3)])
+
+
+def test_an_interface_to_host_memory_is_refused(gpu):
+    gpu.set_device_of_pointers(-1)
+    array = InterfaceArray(float32(3))
+    refused(TypeError, "GPU array: its memory is on no GPU", [array], [array])
 
 
 def test_a_build_without_cuda_says_so(cupy, monkeypatch):
@@ -292,6 +384,24 @@ def test_what_a_step_cannot_do_on_a_gpu_yet_is_refused(option, value, cupy):
 def test_an_optimizer_says_for_which_libraries_it_allocates_state(gpu):
     with pytest.raises(TypeError, match=r"cannot allocate state like a InterfaceArray of fake_gpu"):
         fs.Adam(InterfaceArray(float32(3)))
+
+
+def test_kernels_that_cannot_be_loaded_leave_no_half_step(gpu):
+    def arrays():
+        return [CupyArray(float32(3)), CupyArray(np.ones(3))]
+
+    params, grads, fresh = arrays(), arrays(), arrays()
+    optimizer = fs.Adam(params)
+    gpu.set_refused_dtype(1)
+    for step in (lambda: fs.gd_step(params, grads), lambda: optimizer.step(grads)):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            step()
+    for param, untouched in zip(params, fresh, strict=True):
+        assert param.host.tobytes() == untouched.host.tobytes()
+    assert [state["step"] for state in optimizer.state.values()] == [0, 0]
+    gpu.set_refused_dtype(-1)
+    optimizer.step(grads)
+    assert [state["step"] for state in optimizer.state.values()] == [1, 1]
 
 
 def test_without_a_driver_a_step_says_so(monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 from helpers import GD_CHOICES, combinations, describe
 
 import fusedstep as fs
+from fusedstep import narrow
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: nothing to compare with")
 
@@ -60,3 +61,20 @@ def test_agrees_with_pytorch(name, options, implementation, dtype):
     assert state.keys() == torch_state.keys()
     for key, array in state.items():
         np.testing.assert_allclose(array, torch_state[key].numpy(), **close)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_8_bit_moments_load_beside_a_tensor_as_beside_an_array(transposed):
+    def zeros(library):
+        array = library.zeros((3, 70), dtype=library.float32)
+        return array.T if transposed else array
+
+    saved = fs.Adam(zeros(np), state_dtype="8bit")
+    saved.step(np.random.default_rng(0).standard_normal(zeros(np).shape, np.float32))
+    for key in ("exp_avg", "exp_avg_sq"):
+        ours, theirs = (
+            narrow.converted(saved.state[0], key, {key: zeros(library)}, zeros(library), "")[key]
+            for library in (np, torch)
+        )
+        assert ours.any()
+        assert ours.tolist() == theirs.tolist()

@@ -102,12 +102,17 @@ int64_t ArrayView::size() const {
 }
 
 std::string ArrayView::dtype_text() const {
-    const py::object dtype = object.attr("dtype");
+    const py::object dtype = py::getattr(object, "dtype", py::none());
+    if (dtype.is_none()) return known_dtype ? fusedstep::name(this->dtype) : "another dtype";
     const std::string name = py::str(py::getattr(dtype, "name", dtype));
     return py::getattr(dtype, "isnative", py::bool_(true)).cast<bool>() ? name : "byte-swapped " + name;
 }
 
-std::string ArrayView::shape_text() const { return py::str(py::tuple(object.attr("shape"))); }
+std::string ArrayView::shape_text() const {
+    py::tuple lengths(dimensions);
+    for (int d = 0; d < dimensions; ++d) lengths[d] = shape[d];
+    return py::str(lengths);
+}
 
 bool ArrayView::same_shape(const ArrayView& other) const {
     if (dimensions != other.dimensions) return false;

@@ -57,14 +57,14 @@ Format plain_format(const ArrayView& view, const ArrayView& parameter, bool is_g
 
 Format parameter_format(const ArrayView& p, const ArrayView* beside, bool stochastic, const ArrayName& name) {
     const bool narrow = p.known_dtype && (p.dtype == DType::bfloat16 || p.dtype == DType::float16);
+    if (p.device != ArrayView::host && !p.is_of_compute_type()) {
+        throw py::type_error(name.text() + ": " + p.dtype_text() +
+                             " parameters are not supported on a GPU; use float32 or float64 in native byte order");
+    }
     if (!narrow && !p.is_of_compute_type()) {
         throw py::type_error(name.text() + ": " + p.dtype_text() +
                              " parameters are not supported; use float32, float64, bfloat16 or float16 in native byte "
                              "order");
-    }
-    if (narrow && p.device != ArrayView::host) {
-        throw py::type_error(name.text() + ": " + p.dtype_text() +
-                             " parameters are not supported on a GPU yet; use float32 or float64");
     }
     if (p.dtype == DType::float16) return beside == nullptr ? Format::float16 : Format::float16_master;
     if (p.dtype != DType::bfloat16) return Format::native;
@@ -80,6 +80,8 @@ bool is_eight_bit(const ArrayView& view) {
 // Codes and the units of their blocks, both vectors.
 void check_eight_bit(const ArrayView& codes, const ArrayView* units, DType wanted, const ArrayView& parameter,
                      const ArrayName& name, const ArrayName& units_name) {
+    // Only an optimizer gives units.
+    if (units == nullptr) refuse_dtype(codes, parameter, false, name);
     if (codes.dtype != wanted || compute_type(parameter.dtype) != DType::float32) {
         throw py::type_error(name.text() + ": " + fusedstep::name(codes.dtype) + ", but expected " +
                              fusedstep::name(wanted) + " beside float32, bfloat16 or float16 parameters");
@@ -90,8 +92,8 @@ void check_eight_bit(const ArrayView& codes, const ArrayView* units, DType wante
                               std::to_string(size) + " codes");
     }
     const int64_t blocks = (size + block_elements - 1) / block_elements;
-    if (units == nullptr || !units->known_dtype || units->dtype != DType::float32 || units->dimensions != 1 ||
-        units->shape[0] != blocks || !units->c_contiguous()) {
+    if (!units->known_dtype || units->dtype != DType::float32 || units->dimensions != 1 || units->shape[0] != blocks ||
+        !units->c_contiguous()) {
         throw py::value_error(units_name.text() + ": expected a float32 vector of " + std::to_string(blocks) +
                               ", one for each " + std::to_string(block_elements) + " elements of the parameter");
     }

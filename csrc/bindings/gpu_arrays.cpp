@@ -11,6 +11,9 @@ using NumPy = py::detail::npy_api;
 
 constexpr int most_dimensions = 64;  // NumPy's own limit
 
+// More than any GPU has, and few enough for the kernels to count chunks of.
+constexpr int64_t most_bytes = int64_t{1} << 44;
+
 // The default stream, by the handle that CUDA, DLPack and the array interface all give it.
 void* const legacy_stream = reinterpret_cast<void*>(1);
 
@@ -75,6 +78,21 @@ int checked_dimensions(int64_t dimensions) {
     return static_cast<int>(dimensions);
 }
 
+// A producer may describe what no array can be; a step would believe it.
+void check_possible(const ArrayView& view) {
+    if (view.device < 0) throw py::cast_error("its memory is on no GPU");
+    int64_t bytes = view.known_dtype ? item_size(view.dtype) : 1;
+    bool too_large = false, empty = false;
+    for (int d = 0; d < view.dimensions; ++d) {
+        if (view.shape[d] < 0) throw py::cast_error("a negative length in its shape");
+        empty = empty || view.shape[d] == 0;
+        too_large = too_large || __builtin_mul_overflow(bytes, view.shape[d], &bytes) || bytes > most_bytes;
+    }
+    if (empty) return;
+    if (too_large) throw py::cast_error("its shape is larger than a GPU's memory");
+    if (view.data == nullptr) throw py::cast_error("its pointer is null");
+}
+
 // The description inside a DLPack capsule, and whether the array may be written.
 const dlpack::Tensor& tensor_in(const py::capsule& capsule, bool& writeable) {
     writeable = true;
@@ -93,12 +111,15 @@ const dlpack::Tensor& tensor_in(const py::capsule& capsule, bool& writeable) {
 // Asks for a capsule with DLPack 1, then as producers older than that are asked.
 py::capsule dlpack_capsule(py::handle array, int stream) {
     const py::object method = array.attr("__dlpack__");
+    py::object exported;
     try {
-        return method(py::arg("stream") = stream, py::arg("max_version") = py::make_tuple(1, 0));
+        exported = method(py::arg("stream") = stream, py::arg("max_version") = py::make_tuple(1, 0));
     } catch (py::error_already_set& error) {
         if (!error.matches(PyExc_TypeError)) throw;
+        exported = method(py::arg("stream") = stream);
     }
-    return method(py::arg("stream") = stream);
+    if (!py::isinstance<py::capsule>(exported)) throw py::cast_error("not a DLPack capsule");
+    return exported;
 }
 
 }  // namespace
@@ -189,6 +210,7 @@ bool GpuArrays::view(py::handle object, const ArrayName& name, ArrayView& view) 
     view.flags = NumPy::NPY_ARRAY_WRITEABLE_;
     try {
         if (!describe(object, name, view)) return false;
+        check_possible(view);
     } catch (const py::cast_error& error) {
         throw refuse(error.what());
     } catch (py::error_already_set& error) {
@@ -269,6 +291,7 @@ bool GpuArrays::view_dlpack(py::handle array, const ArrayName& name, ArrayView& 
     const py::capsule capsule = dlpack_capsule(array, torch ? -1 : 1);
     bool writeable;
     const dlpack::Tensor& tensor = tensor_in(capsule, writeable);
+    if (tensor.device.type != type) throw py::cast_error("__dlpack_device__ and __dlpack__ name different devices");
     if (!writeable) view.flags = 0;
     view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
     view.device = tensor.device.id;

@@ -18,6 +18,7 @@ constexpr fusedstep::GpuBackend backend{FUSEDSTEP_VERSION,     cuda::launch, cud
 py::list devices() {
     py::list devices;
     int count = 0;
+    cuda::check_driver();
     cuda::check(cudaGetDeviceCount(&count));
     for (int i = 0; i < count; ++i) {
         cudaDeviceProp properties;

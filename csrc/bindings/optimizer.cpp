@@ -867,7 +867,7 @@ private:
     const void* scalars_for(int64_t i, const Hyper& hyper, const Group<Hyper>& group) {
         if (tensors_[i].storage != nullptr) parameters_[i].storage.random = random_stream(seed_, steps_[i] + 1);
         return group.state == nullptr ? call_.scalars_of(hyper, steps_[i] + 1, watches_[i].dtype)
-                                      : scalars_on_gpu(group, watches_[i].dtype);
+                                      : scalars_on_gpu(group, hyper, watches_[i].dtype);
     }
 
     void add_contiguous_gradient(int64_t i, void* data, const void* scalars) {
@@ -876,7 +876,9 @@ private:
         tensor.scalars = scalars;
     }
 
-    static const void* scalars_on_gpu(const Group<Hyper>& group, DType dtype) {
+    // The number of the step is not known here. The first has the largest scalars; they are computed to be checked.
+    const void* scalars_on_gpu(const Group<Hyper>& group, const Hyper& hyper, DType dtype) {
+        call_.scalars_of(hyper, 1, dtype);
         if (dtype == DType::float32) return &group.state->float32;
         return &group.state->float64;
     }

@@ -161,6 +161,8 @@ private:
         const GpuBackend& gpu = gpu_arrays.backend();
         const int device = placement.device();
         void* const stream = gpu_arrays.stream();
+        // All of them before the first launch: if one cannot be loaded, for want of memory say, nothing has been done.
+        for_each_job([&](const Job& job) { gpu.load(job.rule, job.dtype, device); });
         const auto& [gd_groups, adam_groups] = groups_;
         for (const auto& group : gd_groups) gpu.begin_gd_step(group, device, stream);
         for (const auto& group : adam_groups) gpu.begin_adam_step(group, device, stream);

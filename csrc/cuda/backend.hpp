@@ -19,10 +19,11 @@ struct GpuBackend {
     void (*begin_gd_step)(const GroupOnGpu<GdHyper>& group, int device, void* stream);
     void (*begin_adam_step)(const GroupOnGpu<AdamHyper>& group, int device, void* stream);
 
-    // Loads the kernels of a rule and type now: their first launch would, but may not while a stream is captured.
+    // Loads the kernels of a rule and type if they are not there yet: their first launch would, but may not while a
+    // stream is captured, and may fail.
     void (*load)(int rule, DType dtype, int device);
 
-    // The GPU whose memory a pointer points to.
+    // The GPU whose memory a pointer points to, or -1.
     int (*device_of)(const void* pointer);
 };
 

@@ -14,7 +14,7 @@ std::string advice(cudaError_t error, const std::string& driver) {
                        "container, start it with the GPUs given to it)";
             }
             return "the NVIDIA driver supports CUDA " + driver + ", but fusedstep was built with CUDA " + toolkit +
-                   "; update the driver, or build fusedstep with a toolkit that it supports";
+                   "; update the driver, or build fusedstep with a toolkit that it supports (12.1 at least)";
         case cudaErrorNoDevice:
             return "the driver sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES";
         case cudaErrorInvalidDevice:
@@ -69,6 +69,12 @@ void check(cudaError_t error) {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // it has been reported: the next call must not report it again
     throw std::runtime_error(error_text(error, driver_version()));
+}
+
+void check_driver() {
+    int version = 0;
+    check(cudaDriverGetVersion(&version));
+    if (version < 12010) check(cudaErrorInsufficientDriver);
 }
 
 }  // namespace fusedstep::cuda

@@ -19,4 +19,8 @@ std::string error_text(cudaError_t error, const std::string& driver);
 // Throws std::runtime_error unless `error` is success.
 void check(cudaError_t error);
 
+// Throws std::runtime_error unless the driver takes kernels with parameters of 32 KiB: one for CUDA 12.0 loads what a
+// later 12 has built, but not these.
+void check_driver();
+
 }  // namespace fusedstep::cuda

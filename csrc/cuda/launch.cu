@@ -52,6 +52,7 @@ private:
         }
 
         Driver() {
+            check_driver();
             find("cuCtxGetCurrent", get);
             find("cuCtxSetCurrent", set);
         }
@@ -172,18 +173,22 @@ void begin_adam_step(const GroupOnGpu<AdamHyper>& group, int device, void* strea
 }
 
 void load(int rule, DType dtype, int device) {
+    static std::atomic<bool> loaded[Rules::count][dtype_count][most_cached_devices];
+    std::atomic<bool>* const known =
+        device < most_cached_devices ? &loaded[rule][static_cast<int>(dtype)][device] : nullptr;
+    if (known != nullptr && known->load(std::memory_order_relaxed)) return;
     const DeviceGuard guard(device);
     functions_in(Rules{}, rule, dtype).load(device);
     load_begin_step<GdHyper>();
     load_begin_step<AdamHyper>();
+    if (known != nullptr) known->store(true, std::memory_order_relaxed);
 }
 
 int device_of(const void* pointer) {
     cudaPointerAttributes attributes;
     check(cudaPointerGetAttributes(&attributes, pointer));
-    if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged)
-        check(cudaErrorInvalidValue);
-    return attributes.device;
+    const bool is_on_gpu = attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+    return is_on_gpu ? attributes.device : -1;
 }
 
 }  // namespace fusedstep::cuda

@@ -18,7 +18,7 @@ void begin_adam_step(const GroupOnGpu<AdamHyper>& group, int device, void* strea
 // Loads all kernels of a rule and type onto a device.
 void load(int rule, DType dtype, int device);
 
-// The device whose memory a pointer points to.
+// The device whose memory a pointer points to, or -1.
 int device_of(const void* pointer);
 
 }  // namespace fusedstep::cuda

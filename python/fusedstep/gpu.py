@@ -16,6 +16,13 @@ def _library(array: Any) -> tuple[str, Any]:
     return name, sys.modules.get(name)
 
 
+def _unknown_library(array: Any) -> TypeError:
+    return TypeError(
+        f"params: an optimizer cannot allocate state like a {type(array).__qualname__} of "
+        f"{_library(array)[0]}; keep the state yourself and call a function (adam_step)"
+    )
+
+
 def is_on_host(array: Any) -> bool:
     return isinstance(array, np.ndarray)
 
@@ -29,7 +36,15 @@ def dtype_of(array: Any) -> np.dtype[Any]:
     """Return an array's dtype as NumPy has it."""
     if is_on_host(array):
         return array.dtype  # type: ignore[no-any-return]
+    if not hasattr(array, "dtype"):
+        raise _unknown_library(array)
     return np.dtype(str(array.dtype).removeprefix("torch."))
+
+
+def strides_of(array: Any) -> tuple[int, ...]:
+    """Return an array's strides, in elements or in bytes as its library has them."""
+    strides: tuple[int, ...] = array.stride() if hasattr(array, "stride") else array.strides
+    return strides
 
 
 def zeros_like(param: Any) -> Any:
@@ -40,10 +55,7 @@ def zeros_like(param: Any) -> Any:
             return library.zeros_like(param)
     if name == "torch":
         return library.zeros_like(param, requires_grad=False)
-    raise TypeError(
-        f"params: an optimizer cannot allocate state like a {type(param).__qualname__} of {name}; "
-        "keep the state yourself and call a function (adam_step)"
-    )
+    raise _unknown_library(param)
 
 
 def zero_integers(count: int, param: Any) -> Any:

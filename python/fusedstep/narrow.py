@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -155,8 +156,9 @@ def converted(
     units = entry.get(key + UNITS)
     if units is not None:
         units = gpu.to_host(units)
-        _check(saved, (param.size,), code_dtype(key), f"{where}[{key!r}]")
-        wanted = (-(-param.size // BLOCK),)
+        size = math.prod(param.shape)
+        _check(saved, (size,), code_dtype(key), f"{where}[{key!r}]")
+        wanted = (-(-size // BLOCK),)
         _check(units, wanted, np.dtype(np.float32), f"{where}[{key + UNITS!r}]")
         if key + UNITS in own:
             return {key: saved, key + UNITS: units}
@@ -262,4 +264,5 @@ def encode(values: Array, codes: Array, units: Array, like: Array) -> None:
 
 def _memory_order(array: Array) -> list[int]:
     """Return the dimensions in the order in which a step walks an array."""
-    return sorted(range(array.ndim), key=lambda d: -abs(array.strides[d]))
+    strides = gpu.strides_of(array)
+    return sorted(range(array.ndim), key=lambda d: -abs(strides[d]))

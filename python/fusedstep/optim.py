@@ -331,7 +331,7 @@ class Optimizer:
         ]
         self._fill(arrays)
         for own_group, hyper in zip(self.param_groups, groups, strict=True):
-            if gpu.is_gpu_array(own_group["lr"]):  # a graph may hold it
+            if "lr" in hyper and gpu.is_gpu_array(own_group["lr"]):  # a graph may hold it
                 gpu.from_host(own_group["lr"], np.asarray(hyper.pop("lr")))
             own_group.update(hyper)
         self._set_steps(steps)

@@ -1,8 +1,8 @@
 """The optimizers for PyTorch: `torch.optim.SGD`, `Adam` and `AdamW` with fused steps.
 
-Arguments, parameter groups, state and `state_dict` are those of `torch.optim`; the arithmetic is that of
-`fusedstep.GD`, `fusedstep.Adam` and `fusedstep.AdamW`, whose bits the parameters have. Nothing is copied: a
-step works in the tensors' own memory.
+Arguments, parameter groups, state and `state_dict` are those of `torch.optim`; the arithmetic is
+that of `fusedstep.GD`, `fusedstep.Adam` and `fusedstep.AdamW`, whose bits the parameters have.
+Nothing is copied: a step works in the tensors' own memory.
 """
 
 from __future__ import annotations

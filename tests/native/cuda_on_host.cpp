@@ -5,6 +5,7 @@
 #include "../../csrc/cuda/step_kernel.cuh"
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace fusedstep {
 namespace {
@@ -19,6 +20,8 @@ struct Launches {
 
 Launches launches;
 uint32_t most_blocks = 3;
+int device_of_pointers = 0;
+int refused_dtype = -1;  // whose kernels cannot be loaded
 
 template <class Rule, class T, class Placing, class Table>
 void run_grid(const Table& table) {
@@ -60,9 +63,12 @@ void begin_step(const GroupOnGpu<Hyper>& group, int device, void* stream) {
     cuda::begin_step(group);
 }
 
-void load(int, DType, int) { ++launches.loaded; }
+void load(int, DType dtype, int) {
+    if (static_cast<int>(dtype) == refused_dtype) throw std::runtime_error("CUDA: out of memory");
+    ++launches.loaded;
+}
 
-int device_of(const void*) { return 0; }
+int device_of(const void*) { return device_of_pointers; }
 
 constexpr GpuBackend backend{FUSEDSTEP_VERSION, launch, begin_step<GdHyper>, begin_step<AdamHyper>, load, device_of};
 
@@ -78,4 +84,6 @@ int64_t loaded_count() { return fusedstep::launches.loaded; }
 int last_device() { return fusedstep::launches.device; }
 uint64_t last_stream() { return reinterpret_cast<uint64_t>(fusedstep::launches.stream); }
 void set_most_blocks(unsigned blocks) { fusedstep::most_blocks = blocks; }
+void set_refused_dtype(int dtype) { fusedstep::refused_dtype = dtype; }
+void set_device_of_pointers(int device) { fusedstep::device_of_pointers = device; }
 }
