@@ -514,8 +514,10 @@ private:
 
     // A parameter's entry in PyTorch's state, and what is in it.
     struct WatchedEntry {
-        explicit WatchedEntry(const py::tuple& item)
-            : key(item[0]), entry(item[1]), values(py::dict(entry).attr("values")()) {}
+        explicit WatchedEntry(const py::tuple& item) : key(item[0]), entry(item[1]) {
+            for (const auto& [name, value] : py::dict(entry))
+                values.push_back(py::reinterpret_borrow<py::object>(value));
+        }
 
         bool is(PyObject* other_key, PyObject* other_entry) const {
             if (other_key != key.ptr() || other_entry != entry.ptr()) return false;
@@ -528,7 +530,7 @@ private:
         }
 
         py::object key, entry;
-        py::list values;
+        std::vector<py::object> values;
     };
 
     // A step count in PyTorch's memory, which an array keeps.

@@ -1,8 +1,8 @@
 """The optimizers for PyTorch: `torch.optim.SGD`, `Adam` and `AdamW` with fused steps.
 
-Arguments, parameter groups, state and `state_dict` are those of `torch.optim`; the arithmetic is that of
-`fusedstep.GD`, `fusedstep.Adam` and `fusedstep.AdamW`, whose bits the parameters have. Nothing is copied: a
-step works in the tensors' own memory.
+Arguments, parameter groups, state and `state_dict` are those of `torch.optim`; the arithmetic is
+that of `fusedstep.GD`, `fusedstep.Adam` and `fusedstep.AdamW`, whose bits the parameters have.
+Nothing is copied: a step works in the tensors' own memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import _core, narrow
@@ -28,10 +27,10 @@ _WAYS = ("foreach", "capturable", "differentiable", "fused")
 
 
 class _Optimizer(torch.optim.Optimizer):
-    """What the optimizers share: PyTorch's side holds parameters, groups and state; this binds them to the kernels.
+    """What the optimizers share: PyTorch holds all there is, and this binds it to the kernels.
 
-    The native optimizer is made when a step finds none, or finds that it no longer fits: tensors were moved
-    or exchanged, state was loaded, a parameter has its first gradient.
+    The native optimizer is made when a step finds none, or finds that it no longer fits: tensors
+    were moved or exchanged, state was loaded, a parameter has its first gradient.
     """
 
     _storage: narrow.Storage
@@ -48,7 +47,7 @@ class _Optimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler leaves the scaling to the step, as with PyTorch's own ``fused=True``."""
+        """Whether a GradScaler leaves the scaling to the step, as with PyTorch's ``fused=True``."""
         return bool(self.defaults["fused"])
 
     def _state_keys(self, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -80,7 +79,8 @@ class _Optimizer(torch.optim.Optimizer):
             self._storage.check(keys)
             suffixes = _suffixes(group, number)
             arrays = [
-                _checked_array(p, f"params{s}") for p, s in zip(group["params"], suffixes, strict=True)
+                _checked_array(p, f"params{s}")
+                for p, s in zip(group["params"], suffixes, strict=True)
             ]
             for array, suffix in zip(arrays, suffixes, strict=True):
                 _core.check_parameter(array, suffix)
@@ -113,12 +113,12 @@ class _Optimizer(torch.optim.Optimizer):
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or torch._C._autograd._profiler_enabled()
         ):
             return self._observed_step(closure)
         return self._step(closure)
 
-    # PyTorch would wrap it to call hooks and to show in a profile, which takes longer than a small step.
+    # PyTorch would wrap it for hooks and profiles, which takes longer than a small step.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -145,7 +145,7 @@ class _Optimizer(torch.optim.Optimizer):
                 stepped = self._native.step_tensors(self.param_groups, self.state, scale)
                 if stepped is not None:
                     return stepped  # type: ignore[no-any-return]
-            except Exception:  # noqa: BLE001, S110 (raised again below, unless it is of what has changed)
+            except Exception:
                 pass
         made = self._bind()
         try:
@@ -160,10 +160,11 @@ class _Optimizer(torch.optim.Optimizer):
             raise
 
     def _bind(self) -> list[torch.Tensor]:
-        """Make the native optimizer for the tensors as they are; return those that were given state."""
+        """Make the native optimizer for the tensors as they are; return those given new state."""
         native = self._make_native()
         entries: dict[torch.Tensor, dict[str, Any]] = {}
-        groups, counts, steps = [], [], []
+        groups, counts = [], []
+        steps: list[int] = []
         made = []
         bound_groups = 0
         for number, group in enumerate(self.param_groups):
@@ -218,7 +219,7 @@ class _Optimizer(torch.optim.Optimizer):
     def _entry(
         self, before: dict[str, Any], array: Any, keys: tuple[str, ...], suffix: str
     ) -> tuple[dict[str, Any], list[Any], list[Any], int]:
-        """Return a parameter's entry in the state, its arrays, what lies beside each stream, and its step."""
+        """Return a parameter's entry in the state, its arrays, what lies beside each, its step."""
         where = f"state{suffix}"
         if not before:
             arrays, extras = self._storage.new_state(array, keys, suffix)
@@ -246,14 +247,18 @@ class _Optimizer(torch.optim.Optimizer):
         if count is not None and not _is_count(count):
             before["step"] = torch.tensor(float(step))
         beside = [held[name] for name in ("master", "correction") if name in wanted]
-        extras = [beside[0] if beside else None, None, *(held.get(k + narrow.UNITS) if k + narrow.UNITS in wanted else None for k in keys)]
+        extras = [
+            beside[0] if beside else None,
+            None,
+            *(held.get(k + narrow.UNITS) if k + narrow.UNITS in wanted else None for k in keys),
+        ]
         return before, [held[key] for key in keys], extras, step
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state and hyper-parameters, as `torch.optim.Optimizer.load_state_dict`.
 
-        State keeps its dtypes, which PyTorch casts to the parameters'; the next step converts what was
-        saved in another format.
+        State keeps its dtypes, which PyTorch casts to the parameters'; the next step converts what
+        was saved in another format.
         """
 
         def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
@@ -351,7 +356,7 @@ class SGD(_Optimizer):
         return _core.GdOptimizer(seed=self._storage.seed)
 
     def _counts_steps(self) -> bool:
-        """Whether steps are part of the state: only what is rounded at random depends on their number."""
+        """Whether steps are part of the state: random rounding depends on their number."""
         return self._storage != narrow.Storage(seed=self._storage.seed)
 
 
@@ -500,12 +505,17 @@ def _is_count(value: Any) -> bool:
 
 def _checked_array(tensor: torch.Tensor, name: str) -> Any:
     if tensor.layout != torch.strided:
-        raise TypeError(f"{name}: a {tensor.layout} tensor; only dense (strided) tensors can be stepped")
+        raise TypeError(
+            f"{name}: a {tensor.layout} tensor; only dense (strided) tensors can be stepped"
+        )
     if tensor.is_complex():
-        raise TypeError(f"{name}: {tensor.dtype}; step torch.view_as_real(x), which shares its memory")
+        raise TypeError(
+            f"{name}: {tensor.dtype}; step torch.view_as_real(x), which shares its memory"
+        )
     if tensor.device.type not in ("cpu", "cuda"):
         raise TypeError(
-            f"{name}: on device {tensor.device.type!r}; only tensors in host memory and on CUDA GPUs can be stepped"
+            f"{name}: on device {tensor.device.type!r}; only tensors in host memory and on CUDA "
+            "GPUs can be stepped"
         )
     try:
         return _array(tensor)
