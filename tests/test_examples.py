@@ -102,3 +102,14 @@ def test_deblurring_on_a_gpu_gains_the_same(tmp_path):
         pytest.skip(f"no GPU: {error}")
     on_cpu, on_gpu = (results("deblur.py", tmp_path, *arguments) for arguments in ((), ("--cupy",)))
     assert on_gpu["psnr_after"] == pytest.approx(on_cpu["psnr_after"], abs=0.05)
+
+
+def test_a_transformer_learns_the_same_with_either_optimizer():
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    found = json.loads(run("torch_transformer.py", "--quick", "--json"))
+    theirs, ours, narrow = found.values()
+    assert theirs["loss"] < 3.5  # 4.8 at the start
+    assert abs(ours["loss"] - theirs["loss"]) < 0.01
+    assert abs(narrow["loss"] - theirs["loss"]) < 0.1
+    assert ours["state_bytes"] == theirs["state_bytes"]
+    assert narrow["state_bytes"] < 0.3 * theirs["state_bytes"]

@@ -1,4 +1,4 @@
-"""`fusedstep.torch` against `torch.optim`, on the inputs that PyTorch tests its own optimizers with."""
+"""`fusedstep.torch` against `torch.optim`, on the inputs of PyTorch's own optimizer tests."""
 
 from __future__ import annotations
 

@@ -517,8 +517,10 @@ private:
 
     // A parameter's entry in PyTorch's state, and what is in it.
     struct WatchedEntry {
-        explicit WatchedEntry(const py::tuple& item)
-            : key(item[0]), entry(item[1]), values(py::dict(entry).attr("values")()) {}
+        explicit WatchedEntry(const py::tuple& item) : key(item[0]), entry(item[1]) {
+            for (const auto& [name, value] : py::dict(entry))
+                values.push_back(py::reinterpret_borrow<py::object>(value));
+        }
 
         bool is(PyObject* other_key, PyObject* other_entry) const {
             if (other_key != key.ptr() || other_entry != entry.ptr()) return false;
@@ -531,7 +533,7 @@ private:
         }
 
         py::object key, entry;
-        py::list values;
+        std::vector<py::object> values;
     };
 
     // A step count in PyTorch's memory, which an array keeps.
@@ -574,6 +576,7 @@ private:
                 PyList_GET_SIZE(params) != static_cast<py::ssize_t>(tensors.size()))
                 return false;
             for (size_t i = 0; i < tensors.size(); ++i) {
+                if (i + 8 < tensors.size()) __builtin_prefetch(tensors[i + 8].tensor.ptr());
                 const auto& [tensor, parameter] = tensors[i];
                 if (PyList_GET_ITEM(params, i) != tensor.ptr()) return false;
                 py::object gradient = tensor_reader_.gradient(tensor);
@@ -646,11 +649,11 @@ private:
             const Group<Hyper>& group = groups_[g];
             const int64_t end = group.first + group.count;
             for (int64_t i = group.first; i < end; ++i) {
-                if (i + 16 < end) {
+                if (prepared.memory.empty() && i + 16 < end) {
                     prefetch_object(watches_[i + 16].array);
                     prefetch_object(prepared.gradients[i + 16].ptr());
                 }
-                if (i + 8 < end && watches_[i + 8].usual) {
+                if (prepared.memory.empty() && i + 8 < end && watches_[i + 8].usual) {
                     prefetch_shapes(watches_[i + 8].array, prepared.gradients[i + 8].ptr());
                 }
                 if (!prepared.gradients[i].is_none()) {

@@ -1,4 +1,4 @@
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, final
 
 import numpy as np
@@ -72,6 +72,17 @@ class _Optimizer:
         nested: bool,
         /,
     ) -> tuple[float | None, bool]: ...
+    def watch_tensors(
+        self,
+        groups: list[tuple[int, list[tuple[Any, int]]]],
+        state: list[tuple[Any, dict[str, Any]]],
+        counts: list[NDArray[np.float32] | None],
+        as_array: Callable[[Any], Any],
+        /,
+    ) -> None: ...
+    def step_tensors(
+        self, param_groups: object, state: object, grad_scale: object, /
+    ) -> list[Any] | None: ...
 
 @final
 class GdOptimizer(_Optimizer): ...

@@ -112,7 +112,7 @@ class Storage:
         """Return the dtype of each array that `new_state` makes, by name."""
         narrow = param.dtype.itemsize == 2
         float32 = np.dtype(np.float32)
-        dtypes = {}
+        dtypes: dict[str, np.dtype[Any]] = {}
         for key in state_keys:
             wanted = self._dtype(key)
             if wanted == "8bit":

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import _core, narrow
@@ -28,10 +27,10 @@ _WAYS = ("foreach", "capturable", "differentiable", "fused")
 
 
 class _Optimizer(torch.optim.Optimizer):
-    """What the optimizers share: PyTorch's side holds parameters, groups and state; this binds them to the kernels.
+    """What the optimizers share: PyTorch holds all there is, and this binds it to the kernels.
 
-    The native optimizer is made when a step finds none, or finds that it no longer fits: tensors were moved
-    or exchanged, state was loaded, a parameter has its first gradient.
+    The native optimizer is made when a step finds none, or finds that it no longer fits: tensors
+    were moved or exchanged, state was loaded, a parameter has its first gradient.
     """
 
     _storage: narrow.Storage
@@ -48,7 +47,7 @@ class _Optimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler leaves the scaling to the step, as with PyTorch's own ``fused=True``."""
+        """Whether a GradScaler leaves the scaling to the step, as with PyTorch's ``fused=True``."""
         return bool(self.defaults["fused"])
 
     def _state_keys(self, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -114,12 +113,12 @@ class _Optimizer(torch.optim.Optimizer):
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or torch._C._autograd._profiler_enabled()
         ):
             return self._observed_step(closure)
         return self._step(closure)
 
-    # PyTorch would wrap it to call hooks and to show in a profile, which takes longer than a small step.
+    # PyTorch would wrap it for hooks and profiles, which takes longer than a small step.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -146,7 +145,7 @@ class _Optimizer(torch.optim.Optimizer):
                 stepped = self._native.step_tensors(self.param_groups, self.state, scale)
                 if stepped is not None:
                     return stepped  # type: ignore[no-any-return]
-            except Exception:  # noqa: BLE001, S110 (raised again below, unless it is of what has changed)
+            except Exception:
                 pass
         made = self._bind()
         try:
@@ -161,10 +160,11 @@ class _Optimizer(torch.optim.Optimizer):
             raise
 
     def _bind(self) -> list[torch.Tensor]:
-        """Make the native optimizer for the tensors as they are; return those that were given state."""
+        """Make the native optimizer for the tensors as they are; return those given new state."""
         native = self._make_native()
         entries: dict[torch.Tensor, dict[str, Any]] = {}
-        groups, counts, steps = [], [], []
+        groups, counts = [], []
+        steps: list[int] = []
         made = []
         bound_groups = 0
         for number, group in enumerate(self.param_groups):
@@ -219,7 +219,7 @@ class _Optimizer(torch.optim.Optimizer):
     def _entry(
         self, before: dict[str, Any], array: Any, keys: tuple[str, ...], suffix: str
     ) -> tuple[dict[str, Any], list[Any], list[Any], int]:
-        """Return a parameter's entry in the state, its arrays, what lies beside each stream, and its step."""
+        """Return a parameter's entry in the state, its arrays, what lies beside each, its step."""
         where = f"state{suffix}"
         if not before:
             arrays, extras = self._storage.new_state(array, keys, suffix)
@@ -257,8 +257,8 @@ class _Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state and hyper-parameters, as `torch.optim.Optimizer.load_state_dict`.
 
-        State keeps its dtypes, which PyTorch casts to the parameters'; the next step converts what was
-        saved in another format.
+        State keeps its dtypes, which PyTorch casts to the parameters'; the next step converts what
+        was saved in another format.
         """
 
         def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
@@ -356,7 +356,7 @@ class SGD(_Optimizer):
         return _core.GdOptimizer(seed=self._storage.seed)
 
     def _counts_steps(self) -> bool:
-        """Whether steps are part of the state: only what is rounded at random depends on their number."""
+        """Whether steps are part of the state: random rounding depends on their number."""
         return self._storage != narrow.Storage(seed=self._storage.seed)
 
 
@@ -514,7 +514,8 @@ def _checked_array(tensor: torch.Tensor, name: str) -> Any:
         )
     if tensor.device.type not in ("cpu", "cuda"):
         raise TypeError(
-            f"{name}: on device {tensor.device.type!r}; only tensors in host memory and on CUDA GPUs can be stepped"
+            f"{name}: on device {tensor.device.type!r}; only tensors in host memory and on CUDA "
+            "GPUs can be stepped"
         )
     try:
         return _array(tensor)
