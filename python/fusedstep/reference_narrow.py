@@ -1,0 +1,183 @@
+"""The 8-bit blockwise moments, in NumPy: what every kernel must reproduce bit for bit.
+
+A block of 64 elements shares one float32 `unit`. An element x is kept as y = 1 + |x| / unit, and y
+as a float with four bits of mantissa, less the bits of 1: uniform steps of unit / 16 near zero, 16
+steps to each doubling of y above, and zero is code 0. `docs/eight_bit.md` says why.
+
+Rounding is stochastic. Its random bits come from a counter, not from a state: block and step decide
+them, so they are the same for any order, grouping or sharding of the work.
+
+- Stochastic rounding: Croci et al., *Stochastic rounding: implementation, error analysis and
+  applications*, Royal Society Open Science 9 (2022), section 2.
+- The generator is SplitMix64: Steele, Lea & Flood, *Fast Splittable Pseudorandom Number
+  Generators*, OOPSLA 2014, figure 17; within a block, Weyl's sequence of the golden ratio.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["BLOCK", "EXP_AVG", "EXP_AVG_SQ", "Format", "decode", "encode", "random_bits"]
+
+Array = NDArray[Any]
+
+BLOCK = 64
+MIN_UNIT = np.float32(2.0**-112)  # keeps 1 / unit and the smallest nonzero moment normal
+
+_ONE = np.int32(0x3F800000)  # the bits of 1.0
+_OVERFLOW = np.int32(0x7F7FFFF0)  # 16 ulp below infinity: so that what is finite decodes finite
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+_SHIFT = 19  # bits of a float32's mantissa beyond the four kept
+_GOLDEN_64 = 0x9E3779B97F4A7C15
+_GOLDEN_32 = 0x9E3779B9
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one moment is kept in 8 bits.
+
+    Attributes
+    ----------
+    dtype : dtype
+        Of the codes: int8 (a sign and 3 bits of exponent) or uint8 (4 bits of exponent).
+    inverse_span : float32
+        The unit of a block whose largest magnitude is 1: 1 / (`y` of the largest code - 1), and a
+        little more, so that no `y` comes out larger than that of the largest code.
+    keeps_nonzero : bool
+        Whether what is not zero is rounded up to the smallest code rather than to zero.
+    """
+
+    dtype: np.dtype[Any]
+    inverse_span: np.float32
+    keeps_nonzero: bool
+
+    @property
+    def largest_code(self) -> int:
+        return int(np.iinfo(self.dtype).max)
+
+
+# The smallest float32 that are at least (1 + 2**-23) / 247 and (1 + 2**-23) / 63487.
+EXP_AVG = Format(np.dtype(np.int8), np.int32(0x3B84A9FB).view(np.float32), False)
+EXP_AVG_SQ = Format(np.dtype(np.uint8), np.int32(0x37842192).view(np.float32), True)
+
+
+def decode(codes: Array, units: Array, fmt: Format) -> Array:
+    """Return the moments that 8-bit codes stand for.
+
+    Parameters
+    ----------
+    codes : array of `fmt.dtype`, shape (n,)
+    units : array of float32, shape (ceil(n / 64),)
+    fmt : Format
+        `EXP_AVG` or `EXP_AVG_SQ`.
+
+    Returns
+    -------
+    array of float32, shape (n,)
+        NaN throughout a block whose unit is NaN.
+    """
+    magnitude = np.abs(codes.astype(np.int32))
+    unit = np.repeat(units, BLOCK)[: codes.size]
+    x: Array = (_from_code(magnitude) - np.float32(1)) * unit
+    return np.where(codes < 0, -x, x)
+
+
+def encode(
+    x: Array, fmt: Format, *, step: int, seed: int = 0, first_block: int = 0
+) -> tuple[Array, Array]:
+    """Round moments to 8 bits.
+
+    Parameters
+    ----------
+    x : array of float32, shape (n,)
+        Only the magnitudes count where `fmt` is `EXP_AVG_SQ`.
+    fmt : Format
+        `EXP_AVG` or `EXP_AVG_SQ`.
+    step : int
+        Number of the optimizer's step, from 1.
+    seed : int
+        Of the stochastic rounding.
+    first_block : int
+        Where `x` begins in its tensor, in blocks.
+
+    Returns
+    -------
+    codes : array of `fmt.dtype`, shape (n,)
+    units : array of float32, shape (ceil(n / 64),)
+        NaN, with codes of zero, for a block in which anything is NaN, infinite or within 16 ulp
+        of infinite.
+    """
+    blocks = -(-x.size // BLOCK)
+    padded = np.zeros(blocks * BLOCK, np.float32)
+    padded[: x.size] = x
+    bits = padded.view(np.int32).reshape(blocks, BLOCK) & _MAGNITUDE
+
+    # As integers, NaN is above infinity and that above the rest: the maximum loses nothing.
+    top = bits.max(axis=1, initial=0)
+    finite = top < _OVERFLOW
+    largest = np.where(finite, top, 0).astype(np.int32).view(np.float32)
+    units = np.maximum(largest * fmt.inverse_span, MIN_UNIT)
+
+    magnitude = np.where(finite[:, np.newaxis], bits, 0).astype(np.int32).view(np.float32)
+    y = _fma_one(magnitude, (np.float32(1) / units)[:, np.newaxis])
+    random = random_bits(blocks, step=step, seed=seed, first_block=first_block)
+    # In the bits of a float a step of the mantissa is a step of the value, so that adding uniform
+    # bits below the cut and cutting rounds up as often as the fraction that is cut says.
+    codes = (y.view(np.int32) - _ONE + (random >> (32 - _SHIFT)).astype(np.int32)) >> _SHIFT
+    if fmt.keeps_nonzero:
+        codes = np.maximum(codes, magnitude > 0)
+    codes = codes.ravel()[: x.size]
+    if fmt.dtype == np.int8:
+        codes = np.where(padded[: x.size] < 0, -codes, codes)
+    units[~finite] = np.nan
+    return codes.astype(fmt.dtype), units
+
+
+def random_bits(blocks: int, *, step: int, seed: int = 0, first_block: int = 0) -> Array:
+    """Return the 32 random bits of every element, of which rounding takes the topmost 19.
+
+    Parameters
+    ----------
+    blocks : int
+        How many blocks.
+    step, seed, first_block
+        As in `encode`. Both moments are rounded with the same bits.
+
+    Returns
+    -------
+    array of uint32, shape (blocks, 64)
+    """
+    stream = _mix(np.array([(seed + step * _GOLDEN_64) % 2**64], np.uint64))
+    block = np.arange(first_block + 1, first_block + blocks + 1, dtype=np.uint64)
+    word = _mix(stream + block * np.uint64(_GOLDEN_64)) >> np.uint64(32)
+    lanes = np.arange(BLOCK, dtype=np.uint32) * np.uint32(_GOLDEN_32)
+    return word.astype(np.uint32)[:, np.newaxis] + lanes
+
+
+def _from_code(magnitude: Any) -> Any:
+    """Return the `y` of a code without its sign."""
+    return np.asarray((magnitude << _SHIFT) + _ONE, np.int32).view(np.float32)
+
+
+def _fma_one(a: Array, b: Array) -> Array:
+    """Return a * b + 1, for a * b >= 0, rounded once to float32."""
+    product = a.astype(np.float64) * b.astype(np.float64)  # exact: 24 bits times 24 bits
+    total = product + 1.0
+    # What the sum lost (Knuth's two-sum). Making the last bit of an inexact sum odd keeps the
+    # second rounding, to float32, from taking it for a tie.
+    part = total - product
+    lost = (product - (total - part)) + (1.0 - part)
+    total = total.view(np.int64)
+    even = total % 2 == 0
+    total = total + np.where(even & (lost > 0), 1, 0) - np.where(even & (lost < 0), 1, 0)
+    rounded: Array = total.view(np.float64).astype(np.float32)
+    return rounded
+
+
+def _mix(z: Array) -> Array:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: Array = z ^ (z >> np.uint64(31))
+    return mixed
