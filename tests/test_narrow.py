@@ -470,6 +470,15 @@ def test_what_cannot_be_stored_is_refused(options, param, error, message):
             r"\['exp_avg'\]: uint8, but int8",
         ),
         (lambda s: s.pop("exp_avg_sq"), ValueError, "no 'exp_avg_sq'"),
+        (lambda s: s["exp_avg"].__setitem__(3, -128), ValueError, "a code of -128"),
+        (
+            lambda s: (
+                s.pop("exp_avg_sq_units"),
+                s.update(exp_avg_sq=np.full(70, -1, np.float32)),
+            ),
+            ValueError,
+            r"\['exp_avg_sq'\]: negative",
+        ),
         (lambda s: s.update(master=np.zeros(70)), ValueError, "'master' is no state"),
         (
             lambda s: s.update(exp_avg=np.zeros(70)),

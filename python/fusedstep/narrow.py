@@ -158,6 +158,8 @@ def converted(
         units = gpu.to_host(units)
         size = math.prod(param.shape)
         _check(saved, (size,), code_dtype(key), f"{where}[{key!r}]")
+        if (saved == -128).any():
+            raise ValueError(f"{where}[{key!r}]: a code of -128, which stands for nothing")
         wanted = (-(-size // BLOCK),)
         _check(units, wanted, np.dtype(np.float32), f"{where}[{key + UNITS!r}]")
         if key + UNITS in own:
@@ -170,6 +172,8 @@ def converted(
         )
     moment = key not in ("master", "correction")
     if key + UNITS in own and moment and _is_moment_dtype(saved.dtype):
+        if key.endswith("_sq") and (saved < 0).any():
+            raise ValueError(f"{where}[{key!r}]: negative, which a second moment never is")
         codes, own_units = np.empty_like(mine), np.empty_like(own[key + UNITS])
         encode(saved, codes, own_units, param)
         return {key: codes, key + UNITS: own_units}
