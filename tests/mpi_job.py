@@ -121,8 +121,19 @@ def missing_shard(folder):
     report(text)
 
 
+def many():
+    """Make more optimizers than MPI has communicators."""
+    param = np.ones(3)
+    for _ in range(2500):
+        ShardedOptimizer(fs.GD, param, COMM)
+    report("made")
+
+
 def lose_a_rank(how):
-    """Lose the last rank in the middle of training; the others must not hang."""
+    """Lose the last rank, by default in the middle of training; the others must not hang."""
+    if how == "raised at the start" and RANK == SIZE - 1:
+        report(time.time(), rank=RANK)
+        raise ArithmeticError("a bug of the user")
     _, optimizer = made(MpiEngine(COMM, timeout=2.0))
     for t in range(1, 1_000_000):
         if t == 10 and RANK == SIZE - 1:
@@ -144,7 +155,7 @@ def report(text, rank=0):
 CASES = {
     f.__name__: f
     for f in (
-        bits, mean, memory, train, full_disk, different, missing_shard, lose_a_rank,
+        bits, mean, memory, train, full_disk, different, missing_shard, many, lose_a_rank,
     )
 }  # fmt: skip
 

@@ -306,6 +306,22 @@ def test_gradients_that_are_not_contiguous():
     assert run_ranks(2, job) == [expected.tobytes()] * 2
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+@every_size
+@pytest.mark.parametrize("subclass", [np.matrix, np.ma.MaskedArray])
+def test_subclasses_of_arrays_are_taken_by_their_memory(size, subclass):
+    expected = np.ones((20, 30))
+    fs.Adam(expected).step(expected.copy())
+
+    def job(engine):
+        param = np.ones((20, 30))
+        optimizer = ShardedOptimizer(fs.Adam, subclass(param, copy=False), engine, bucket_bytes=1)
+        optimizer.step(subclass(np.ones((20, 30))), clip_norm=1e9)
+        return param.tobytes()
+
+    assert run_ranks(size, job) == [expected.tobytes()] * size
+
+
 def test_torch_tensors_are_taken_by_their_memory():
     torch = pytest.importorskip("torch")
     weights = torch.nn.Parameter(torch.ones(5))

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,16 @@ def empty(path):
     path.write_bytes(b"")
 
 
+def become_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def lose_folder(path):
+    shutil.rmtree(path.parent)
+    path.parent.write_bytes(b"")
+
+
 SHARD = "rank-00001-of-00002.safetensors"
 DAMAGES = [
     (SHARD, os.unlink, f"{SHARD} is missing"),
@@ -168,6 +179,8 @@ DAMAGES = [
     ("index.json", truncate, r"index\.json is truncated or altered"),
     ("index.json", empty, r"index\.json is truncated or altered"),
     ("index.json", flip, r"index\.json is (truncated or )?altered"),
+    ("index.json", become_folder, r"no index\.json"),
+    ("index.json", lose_folder, r"no index\.json"),
 ]
 
 
@@ -406,6 +419,22 @@ def test_bad_options_write_nothing(tmp_path, options, kind, text):
 
     assert len(set(run_ranks(2, job))) == 1
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("calls", [*itertools.permutations(["step", "save", "load"], 2)])
+def test_ranks_that_make_different_calls_all_say_so(tmp_path, calls):
+    def job(engine):
+        weights, optimizer = made(engine)
+        call = calls[engine.rank == 1]
+        with pytest.raises(ValueError, match="the ranks disagree on the step: ") as caught:
+            getattr(optimizer, call)(params(1) if call == "step" else tmp_path)
+        assert bits(weights) == bits(params())
+        return str(caught.value)
+
+    (message,) = set(run_ranks(3, job))
+    for rank, call in enumerate(calls):
+        assert f"rank {rank} has {'step 1' if call == 'step' else f'a {call}'}" in message
+    assert made(None)[1].load(tmp_path) is None
 
 
 def test_the_index_is_readable(tmp_path):

@@ -47,6 +47,10 @@ def test_ranks_that_differ_all_say_so(what, text):
     assert text in run(3, "different", what)
 
 
+def test_more_optimizers_than_there_are_communicators():
+    assert run(2, "many") == "made"
+
+
 def test_resuming_on_two_then_three_ranks_then_one(tmp_path):
     for ranks, until in ((2, 2), (3, 4), (1, 6)):
         assert f"loaded {until - 2}\n" in run(ranks, "train", tmp_path, until) + "\n"
@@ -105,6 +109,7 @@ def test_a_kill_at_any_moment_leaves_the_newest_complete_checkpoint(tmp_path, vi
         ("killed", (), 10),
         ("stopped", (), 2 + 10),
         ("raised", (), 2 + 10),
+        ("raised at the start", (), 2 + 10),
         ("raised", ("-m", "mpi4py"), 10),
     ],
 )
@@ -114,7 +119,7 @@ def test_a_lost_rank_ends_the_job(how, started, limit):
         status, _, err = job.finish(timeout=60)
         assert status != 0
         assert time.time() - lost < limit
-    if how == "stopped" or (how == "raised" and not started):
+    if how == "stopped" or (how.startswith("raised") and not started):
         assert "has waited 2 s for the others in" in err
         assert "resume it from its newest checkpoint" in err
 

@@ -96,7 +96,7 @@ def test_a_rank_that_dies_is_an_error_in_the_other(tmp_path):
         """,
     )
     assert other == -9
-    assert status == 1
+    assert status != 0  # gloo's threads sometimes abort the process that ends with the exception
     assert "RuntimeError" in error or "DistBackendError" in error
 
 

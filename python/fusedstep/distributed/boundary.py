@@ -174,10 +174,13 @@ def pack(flat: Sequence[Any], parts: Any, buffer: Any) -> None:
 
 
 def as_array(value: Any) -> Any:
-    """Return the memory of a PyTorch tensor of the host as an array, and anything else as it is."""
+    """Return the memory of a PyTorch tensor of the host as an array, and anything else as it is.
+
+    Subclasses of NumPy's array are taken as plain ones: a matrix cannot be made flat.
+    """
     if hasattr(value, "detach") and value.device.type == "cpu":
         return value.detach().numpy()
-    return value
+    return np.asarray(value) if isinstance(value, np.ndarray) else value
 
 
 def module_of(array: Any) -> Any:

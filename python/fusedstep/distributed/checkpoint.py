@@ -60,7 +60,7 @@ def save(optimizer: ShardedOptimizer, path: str | PathLike[str], extra: Any, kee
     """Do what `ShardedOptimizer.save` says."""
     engine, folder = optimizer._engine, Path(path)
     name, text = "", ""
-    with _raised_together(engine):
+    with _raised_together(engine, "a save"):
         optimizer._refuse_unfinished()
         if not (isinstance(keep, int) and keep >= 1):
             raise ValueError(f"keep: expected an integer >= 1, got {keep!r}")
@@ -93,7 +93,7 @@ def load(optimizer: ShardedOptimizer, path: str | PathLike[str]) -> Loaded | Non
     """Do what `ShardedOptimizer.load` says."""
     engine, folder = optimizer._engine, Path(path)
     names = ""
-    with _raised_together(engine):
+    with _raised_together(engine, "a load"):
         _safetensors()
         if engine.rank == 0:
             names = json.dumps([str(candidate) for candidate in _candidates(folder)])
@@ -113,14 +113,14 @@ def load(optimizer: ShardedOptimizer, path: str | PathLike[str]) -> Loaded | Non
 
 
 @contextmanager
-def _raised_together(engine: Any) -> Iterator[None]:
-    """Raise the error of one rank's block on all ranks."""
+def _raised_together(engine: Any, call: str = "") -> Iterator[None]:
+    """Raise the error of one rank's block on all ranks, or that they make different calls."""
     error = None
     try:
         yield
     except Exception as failure:
         error = failure
-    agree(engine, error)
+    agree(engine, error, call, "the step")
 
 
 # Writing
@@ -249,7 +249,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads((path / INDEX).read_text())
         fits = index.pop("sha256") == _json_digest(index)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise _Damaged(f"no {INDEX}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _Damaged(f"{INDEX} is truncated or altered") from error

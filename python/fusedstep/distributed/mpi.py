@@ -15,6 +15,9 @@ from .engine import Request
 _YIELD = 0.2
 _SLEEP = 1e-3
 
+# The key under which a communicator holds its duplicate.
+_duplicates: int | None = None
+
 
 class MpiEngine:
     """Collective operations of an MPI communicator.
@@ -22,7 +25,8 @@ class MpiEngine:
     Parameters
     ----------
     comm : mpi4py.MPI.Intracomm, optional
-        ``MPI.COMM_WORLD`` by default. It is duplicated: messages of others on it do no harm.
+        ``MPI.COMM_WORLD`` by default. It is duplicated, once for all engines: messages of others on
+        it do no harm.
     timeout : float
         Seconds. A rank that has waited so long for the others says so on stderr and ends the whole
         job (``MPI_Abort``, exit status 74).
@@ -45,10 +49,12 @@ class MpiEngine:
         if not timeout > 0:
             raise ValueError(f"timeout: expected a number of seconds > 0, got {timeout!r}")
         self._mpi = MPI
-        self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
+        given = MPI.COMM_WORLD if comm is None else comm
+        self._comm = given
         self._timeout = timeout
-        self.rank: int = self._comm.Get_rank()
-        self.size: int = self._comm.Get_size()
+        self.rank: int = given.Get_rank()
+        self.size: int = given.Get_size()
+        self._comm = self._duplicate(given)
 
     def reduce_scatter(self, send: Any, recv: Any) -> Request:
         _synchronise(send)
@@ -61,6 +67,18 @@ class MpiEngine:
     def all_reduce(self, buffer: Any) -> Request:
         _synchronise(buffer)
         return self._started(self._comm.Iallreduce(self._mpi.IN_PLACE, buffer), "all_reduce")
+
+    def _duplicate(self, comm: Any) -> Any:
+        """Return the duplicate of a communicator: one for all engines, as MPI has only so many."""
+        global _duplicates
+        if _duplicates is None:
+            _duplicates = self._mpi.Comm.Create_keyval()
+        duplicate = comm.Get_attr(_duplicates)
+        if duplicate is None:
+            duplicate, request = comm.Idup()
+            self._started(request, "the start").wait()
+            comm.Set_attr(_duplicates, duplicate)
+        return duplicate
 
     def _started(self, request: Any, operation: str) -> Request:
         return _MpiRequest(self, request, operation)
