@@ -20,7 +20,6 @@ Step = Callable[[], object]
 OURS, BY_HAND, FUSED = "fusedstep", "CuPy", "torch fused"
 COPY = "roofline"  # what the pictures call the limit
 OFFSET = "fusedstep, odd offset"
-B1, B2 = BETAS
 
 # How a contender's step is timed: "call" from the call to the end of the work on the GPU; "gpu" by
 # CUDA events around steps in a row; "python" until the call returns, the GPU being idle before.
@@ -74,24 +73,8 @@ class CuPy(Fusedstep):
     rules = ("adam",)
 
     def make(self, params: list[Any], grads: list[Any], rule: str) -> peers.Made:
-        cupy = self.cupy
         params, grads = self.arrays(params), self.arrays(grads)
-        m, v = ([cupy.zeros_like(p) for p in params] for _ in range(2))
-        t = 0
-
-        def adam() -> None:
-            nonlocal t
-            t += 1
-            for p, g, mi, vi in zip(params, grads, m, v, strict=True):
-                mi *= B1
-                mi += (1 - B1) * g
-                vi *= B2
-                vi += (1 - B2) * g * g
-                m_hat = mi / (1 - B1**t)
-                v_hat = vi / (1 - B2**t)
-                p -= LR * m_hat / (cupy.sqrt(v_hat) + EPS)
-
-        return adam, self.result(params)
+        return peers.adam_by_hand(self.cupy, params, grads), self.result(params)
 
 
 class Torch(Fusedstep):

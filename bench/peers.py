@@ -67,6 +67,26 @@ class FusedstepFunction(Peer):
         return step, lambda: params
 
 
+def adam_by_hand(library: Any, params: list[Any], grads: list[Any]) -> Step:
+    """Return Adam written with the arrays of a library, NumPy or CuPy."""
+    m, v = ([library.zeros_like(p) for p in params] for _ in range(2))
+    t = 0
+
+    def adam() -> None:
+        nonlocal t
+        t += 1
+        for p, g, mi, vi in zip(params, grads, m, v, strict=True):
+            mi *= B1
+            mi += (1 - B1) * g
+            vi *= B2
+            vi += (1 - B2) * g * g
+            m_hat = mi / (1 - B1**t)
+            v_hat = vi / (1 - B2**t)
+            p -= LR * m_hat / (library.sqrt(v_hat) + EPS)
+
+    return adam
+
+
 class NumPy(Peer):
     """Written by hand, in place where a careful person would."""
 
@@ -75,32 +95,21 @@ class NumPy(Peer):
     rules = ("gd", "momentum", "adam")
 
     def make(self, params: list[Array], grads: list[Array], rule: str) -> Made:
-        m, v = ([np.zeros_like(p) for p in params] for _ in range(2))
-        t = 0
+        if rule == "adam":
+            return adam_by_hand(np, params, grads), lambda: params
+        b = [np.zeros_like(p) for p in params]
 
         def gd() -> None:
             for p, g in zip(params, grads, strict=True):
                 p -= LR * g
 
         def momentum() -> None:
-            for p, g, b in zip(params, grads, m, strict=True):
-                b *= MOMENTUM
-                b += g
-                p -= LR * b
+            for p, g, bi in zip(params, grads, b, strict=True):
+                bi *= MOMENTUM
+                bi += g
+                p -= LR * bi
 
-        def adam() -> None:
-            nonlocal t
-            t += 1
-            for p, g, mi, vi in zip(params, grads, m, v, strict=True):
-                mi *= B1
-                mi += (1 - B1) * g
-                vi *= B2
-                vi += (1 - B2) * g * g
-                m_hat = mi / (1 - B1**t)
-                v_hat = vi / (1 - B2**t)
-                p -= LR * m_hat / (np.sqrt(v_hat) + EPS)
-
-        return {"gd": gd, "momentum": momentum, "adam": adam}[rule], lambda: params
+        return {"gd": gd, "momentum": momentum}[rule], lambda: params
 
 
 class NumExpr(Peer):

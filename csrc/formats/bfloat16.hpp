@@ -45,15 +45,8 @@ struct BFloat16 {
 
 // Up with the probability of the part that rounding drops: 16 random bits are added before it is cut off
 // (Gupta et al., "Deep learning with limited numerical precision", ICML 2015, section 3).
-struct BFloat16Stochastic {
-    using Item = uint16_t;
-    using Extra = void;
+struct BFloat16Stochastic : BFloat16 {
     static constexpr bool random = true;
-
-    template <class V>
-    FUSEDSTEP_INLINE static V decode(typename V::Bits item, typename V::Bits) {
-        return from_bits(item << 16);
-    }
 
     template <bool may_be_nan, class V>
     FUSEDSTEP_INLINE static void encode(V value, typename V::Bits random, typename V::Bits& item, typename V::Bits&) {
