@@ -95,13 +95,12 @@ public:
 
     FUSEDSTEP_INLINE void set_scale(uint64_t random) {
         start_ = static_cast<uint32_t>(random >> 32);
-        const uint32_t bits = greatest_.greatest();
-        finite_ = is_finite_block(bits);
-        float largest;
-        std::memcpy(&largest, &bits, sizeof bits);
-        const BlockScale scale = scale_of<Format>(largest);
-        std::memcpy(unit_at_, finite_ ? static_cast<const void*>(&scale.unit) : &nan_bits, sizeof bits);
-        reciprocal_ = V(scale.reciprocal);
+        const B greatest = greatest_.greatest();
+        finite_ = is_finite_block(greatest.first());
+        const BlockScale<V> scale = scale_of<Format>(from_bits(greatest));
+        const uint32_t unit = finite_ ? bits_of(scale.unit).first() : nan_bits;
+        std::memcpy(unit_at_, &unit, sizeof unit);
+        reciprocal_ = scale.reciprocal;
     }
 
     FUSEDSTEP_INLINE void encode(int i, const V (&values)[4]) const {

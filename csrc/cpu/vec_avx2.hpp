@@ -111,11 +111,14 @@ struct U32 {
         _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(packed, order));
     }
     FUSEDSTEP_INLINE static U32 lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
-    FUSEDSTEP_INLINE uint32_t greatest() const {
-        __m128i m = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-        m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0b01001110));
-        m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0b10110001));
-        return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+    // The greatest of the lanes, in all of them.
+    FUSEDSTEP_INLINE U32 greatest() const {
+        __m256i m = _mm256_max_epu32(x, _mm256_permute2x128_si256(x, x, 0x01));
+        m = _mm256_max_epu32(m, _mm256_shuffle_epi32(m, 0b01001110));
+        return _mm256_max_epu32(m, _mm256_shuffle_epi32(m, 0b10110001));
+    }
+    FUSEDSTEP_INLINE uint32_t first() const {
+        return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm256_castsi256_si128(x)));
     }
 
     FUSEDSTEP_INLINE friend U32 operator+(U32 a, U32 b) { return _mm256_add_epi32(a.x, b.x); }

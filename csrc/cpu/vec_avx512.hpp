@@ -100,7 +100,15 @@ struct U32 {
     FUSEDSTEP_INLINE static U32 lane_numbers() {
         return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     }
-    FUSEDSTEP_INLINE uint32_t greatest() const { return _mm512_reduce_max_epu32(x); }
+    FUSEDSTEP_INLINE U32 greatest() const {
+        __m512i m = _mm512_max_epu32(x, _mm512_shuffle_i32x4(x, x, 0b01001110));
+        m = _mm512_max_epu32(m, _mm512_shuffle_i32x4(m, m, 0b10110001));
+        m = _mm512_max_epu32(m, _mm512_shuffle_epi32(m, _MM_PERM_BADC));
+        return _mm512_max_epu32(m, _mm512_shuffle_epi32(m, _MM_PERM_CDAB));
+    }
+    FUSEDSTEP_INLINE uint32_t first() const {
+        return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm512_castsi512_si128(x)));
+    }
 
     FUSEDSTEP_INLINE friend U32 operator+(U32 a, U32 b) { return _mm512_add_epi32(a.x, b.x); }
     FUSEDSTEP_INLINE friend U32 operator-(U32 a, U32 b) { return _mm512_sub_epi32(a.x, b.x); }

@@ -62,7 +62,8 @@ struct U32 {
         for (int i = 0; i < 4; ++i) to[i] = static_cast<Item>(from[i].x);
     }
     FUSEDSTEP_INLINE static U32 lane_numbers() { return U32(0); }
-    FUSEDSTEP_INLINE uint32_t greatest() const { return x; }
+    FUSEDSTEP_INLINE U32 greatest() const { return *this; }
+    FUSEDSTEP_INLINE uint32_t first() const { return x; }
 
     FUSEDSTEP_INLINE friend U32 operator+(U32 a, U32 b) { return U32(a.x + b.x); }
     FUSEDSTEP_INLINE friend U32 operator-(U32 a, U32 b) { return U32(a.x - b.x); }

@@ -15,19 +15,19 @@ constexpr uint32_t one_bits = 0x3F800000u;
 constexpr int dropped_bits = 19;  // of y's mantissa
 constexpr uint32_t nan_bits = 0x7FC00000u;
 
+template <class V>
 struct BlockScale {
-    float unit, reciprocal;
+    V unit, reciprocal;
 };
 
 // `greatest` is the largest of a block's magnitudes, compared as integers: NaN are above infinity there. A block
 // that reaches 16 ulp below infinity has codes of 0 and a unit of NaN, so that what is finite decodes finite.
 FUSEDSTEP_INLINE bool is_finite_block(uint32_t greatest) { return greatest < 0x7F7FFFF0u; }
 
-template <class Moment>
-FUSEDSTEP_INLINE BlockScale scale_of(float greatest) {
-    const float unit = greatest * Moment::inverse_span;
-    const float kept = unit > 0x1p-112f ? unit : 0x1p-112f;
-    return {kept, 1.0f / kept};
+template <class Moment, class V>
+FUSEDSTEP_INLINE BlockScale<V> scale_of(V greatest) {
+    const V unit = max(greatest * V(Moment::inverse_span), V(0x1p-112f));
+    return {unit, V(1.0f) / unit};
 }
 
 // The bits of y above those of one, rounded at random: adding uniform bits below the cut and cutting rounds up as
@@ -36,13 +36,13 @@ template <class V>
 FUSEDSTEP_INLINE typename V::Bits code_of(typename V::Bits positive, V reciprocal, typename V::Bits random) {
     using B = typename V::Bits;
     const V y = fma(from_bits(positive), reciprocal, V(1.0f));
-    return (bits_of(y) - B(one_bits) + (random >> (32 - dropped_bits))) >> dropped_bits;
+    return (bits_of(y) + ((random >> (32 - dropped_bits)) - B(one_bits))) >> dropped_bits;
 }
 
 template <class V>
 FUSEDSTEP_INLINE V value_of(typename V::Bits code, V unit) {
     using B = typename V::Bits;
-    return (from_bits((code << dropped_bits) + B(one_bits)) - V(1.0f)) * unit;
+    return fma(from_bits((code << dropped_bits) + B(one_bits)), unit, V(0.0f) - unit);  // (y - 1) * unit
 }
 
 // A first moment: 3 bits of exponent and 4 of mantissa, with a sign.
