@@ -16,7 +16,8 @@
 
 #include "../formats/random.hpp"
 #include "fast_function.hpp"
-#include "step_call.hpp"
+#include "group_reader.hpp"
+#include "parameter_list.hpp"
 #include "torch_tensors.hpp"
 
 namespace fusedstep {
@@ -24,136 +25,6 @@ namespace {
 
 // How a group's arrays were given, and so how its gradients come.
 enum class Structure { array, list, dict };
-
-struct Keys {
-    py::object lr = interned("lr"), momentum = interned("momentum"), dampening = interned("dampening"),
-               nesterov = interned("nesterov"), betas = interned("betas"), eps = interned("eps"),
-               weight_decay = interned("weight_decay"), maximize = interned("maximize"),
-               bias_correction = interned("bias_correction"), amsgrad = interned("amsgrad"),
-               params = interned("params"), decoupled_weight_decay = interned("decoupled_weight_decay");
-
-    // As the keys of a dict written in a program are: looked up without comparing characters.
-    static py::object interned(const char* key) {
-        return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key));
-    }
-};
-
-const Keys& keys() {
-    static const Keys* const made = new Keys;  // never destroyed: Python may be gone by then
-    return *made;
-}
-
-class GroupReader {
-public:
-    GroupReader(py::handle group, const HyperSource& source) : group_(group), source_(source) {}
-
-    double number(py::handle key, const char* name) const { return read_number(item(key, name), name, source_); }
-    double lr() const { return source_.lr_on_gpu ? 0.5 : number(keys().lr, "lr"); }
-    bool flag(py::handle key, const char* name) const { return read_flag(item(key, name), name, source_); }
-    bool flag_or(py::handle key, const char* name, bool otherwise) const {
-        return PyDict_GetItemWithError(group_.ptr(), key.ptr()) == nullptr ? otherwise : flag(key, name);
-    }
-    void betas(AdamHyper& hyper) const { read_betas(item(keys().betas, "betas"), hyper.beta1, hyper.beta2, source_); }
-
-private:
-    py::object item(py::handle key, const char* name) const {
-        PyObject* value = PyDict_GetItemWithError(group_.ptr(), key.ptr());
-        if (value == nullptr) throw py::value_error(source_.prefix + name + ": missing");
-        return py::reinterpret_borrow<py::object>(value);
-    }
-
-    py::handle group_;
-    const HyperSource& source_;
-};
-
-template <class Hyper>
-struct Family;
-
-template <>
-struct Family<GdHyper> {
-    static int rule(size_t state_arrays) { return state_arrays == 0 ? rule_index<Gd> : rule_index<GdMomentum>; }
-
-    static GdHyper read(py::handle group, int rule, const HyperSource& source, bool decoupled = false);
-};
-
-template <>
-struct Family<AdamHyper> {
-    static int rule(size_t state_arrays) { return state_arrays == 2 ? rule_index<Adam> : rule_index<AmsGrad>; }
-
-    static AdamHyper read(py::handle group, int rule, const HyperSource& source, bool decoupled = false);
-};
-
-GdHyper Family<GdHyper>::read(py::handle group, int rule, const HyperSource& source, bool) {
-    const GroupReader reader(group, source);
-    GdHyper hyper;
-    hyper.lr = reader.lr();
-    hyper.momentum = reader.number(keys().momentum, "momentum");
-    hyper.dampening = reader.number(keys().dampening, "dampening");
-    hyper.weight_decay = reader.number(keys().weight_decay, "weight_decay");
-    hyper.nesterov = reader.flag(keys().nesterov, "nesterov");
-    hyper.maximize = reader.flag(keys().maximize, "maximize");
-    if (rule == rule_index<Gd> && hyper.momentum != 0) {
-        throw py::value_error(source.prefix +
-                              "momentum: the optimizer was made without momentum, so it has no "
-                              "buffers; make a new one");
-    }
-    return hyper;
-}
-
-AdamHyper Family<AdamHyper>::read(py::handle group, int rule, const HyperSource& source, bool decoupled) {
-    const GroupReader reader(group, source);
-    AdamHyper hyper;
-    hyper.decoupled = decoupled;
-    hyper.lr = reader.lr();
-    reader.betas(hyper);
-    hyper.eps = reader.number(keys().eps, "eps");
-    hyper.weight_decay = reader.number(keys().weight_decay, "weight_decay");
-    hyper.maximize = reader.flag(keys().maximize, "maximize");
-    // PyTorch's groups have no bias_correction, and ours no decoupled_weight_decay.
-    hyper.bias_correction = reader.flag_or(keys().bias_correction, "bias_correction", true);
-    hyper.decoupled = reader.flag_or(keys().decoupled_weight_decay, "decoupled_weight_decay", hyper.decoupled);
-    if (reader.flag(keys().amsgrad, "amsgrad") != (rule == rule_index<AmsGrad>)) {
-        throw py::value_error(source.prefix + "amsgrad: cannot change after the optimizer was made; make a new one");
-    }
-    return hyper;
-}
-
-struct Parameter {
-    py::object object;
-    py::object cupy_dtype;  // of a CuPy array; else null
-    std::vector<py::object> state;
-    py::object extras[max_streams];  // what is beside each stream, or null
-    bool stochastic;                 // how the parameter is rounded
-    Storage storage;                 // where the streams are not all native, and the gradient is as the parameter
-    py::object key;                  // of the gradient, in a group given as a dict
-    std::string suffix;              // "[3]", "['w2']": how errors name it
-    int rule;
-    size_t group;
-
-    // The array as it was when it was checked.
-    ArrayView view;
-    std::vector<py::ssize_t> shape, strides;
-    bool c_contiguous = true, f_contiguous = true;
-};
-
-// What the usual step compares, in one cache line: with a thousand small arrays, fetching this is half of it.
-struct alignas(64) Watch {
-    PyObject* array;
-    const char* data;
-    PyObject* descriptor;
-    int64_t bytes;
-    int flags;
-    int8_t dimensions;
-    int8_t rule;
-    DType dtype;
-    bool usual;    // a NumPy array, C-contiguous as its state is
-    size_t shape;  // its place in shapes_
-
-    // The memory around the last gradient that no array of ours lies in.
-    const char* gap_begin = nullptr;
-    const char* gap_end = nullptr;
-};
-static_assert(sizeof(Watch) == 64);
 
 template <class Hyper>
 struct Group {
@@ -197,11 +68,11 @@ void prefetch_shapes(PyObject* array, PyObject* gradient) {
 }
 
 template <class Hyper>
-class Optimizer {
+class Optimizer : private ParameterList {
 public:
     static constexpr size_t group_state_bytes = sizeof(GroupState<Hyper>);
 
-    Optimizer(bool decoupled, uint64_t seed) : decoupled_(decoupled), seed_(seed) {}
+    Optimizer(bool decoupled, uint64_t seed) : ParameterList(seed), decoupled_(decoupled) {}
 
     // Adds a group of parameters; state[k][i] is state array k of parameter i, and `group_state` is None or a
     // GPU array of `group_state_bytes` zeros. Nothing is added if any of it is refused.
@@ -215,21 +86,17 @@ public:
         std::vector<PyObject*> arrays;
         GroupState<Hyper>* state_on_gpu = nullptr;
         call_.clear();
+        const int rule = Family<Hyper>::rule(state.size());
         try {
             for (size_t i = 0; i < params.size(); ++i) {
-                add_parameter(params, keys, state, suffixes, extras, stochastic, i);
+                add_parameter(params, keys, state, suffixes, extras, stochastic, i, rule, groups_.size());
                 arrays.push_back(parameters_.back().object.ptr());
             }
             find_owned();
-            check_overlaps(owned_);
             state_on_gpu = on_gpu(group_state, before);
         } catch (...) {
-            parameters_.erase(parameters_.begin() + before, parameters_.end());
-            watches_.resize(before);
-            tensors_.resize(before);
-            steps_.resize(before);
+            shorten(before);
             find_owned();
-            check_overlaps(owned_);
             throw;
         }
         groups_.push_back({structure == "array"  ? Structure::array
@@ -360,111 +227,6 @@ public:
     }
 
 private:
-    void add_parameter(const py::list& params, const py::list& keys, const py::list& state, const py::list& suffixes,
-                       const py::list& extras, bool stochastic, size_t i) {
-        Parameter& parameter = parameters_.emplace_back();
-        parameter.object = params[i];
-        parameter.key = keys[i];
-        parameter.suffix = suffixes[i].cast<std::string>();
-        for (const py::handle arrays : state) {
-            parameter.state.push_back(py::reinterpret_borrow<py::list>(arrays)[i]);
-        }
-        parameter.group = groups_.size();
-        parameter.rule = Family<Hyper>::rule(parameter.state.size());
-        parameter.stochastic = stochastic;
-        for (size_t k = 0; k < extras.size(); ++k) {
-            const py::object extra = py::reinterpret_borrow<py::list>(extras[k])[i];
-            if (!extra.is_none()) parameter.extras[k] = extra;
-        }
-        parameter.view = view_array(parameter.object, {"params", -1, &parameter.suffix}, call_.gpu_arrays);
-        // The gradient's place is taken by the parameter itself: it is the one array whose layout is known.
-        StepStores stores;
-        const ParameterViews views = views_of(parameter, parameter.view);
-        Tensor tensor = bind(parameter.rule, views, {"", -1, &parameter.suffix}, stores);
-        if (tensor.storage != nullptr) {
-            parameter.storage = *tensor.storage;
-            tensor.storage = &parameter.storage;
-        }
-        for (int k = 0; k < rule_streams[parameter.rule].count; ++k) {
-            const ArrayView& like = k == 0 && views.has_extra[0] ? views.extras[0] : views.streams[k];
-            if (!is_walked(views.streams[k], k)) continue;
-            parameter.c_contiguous = parameter.c_contiguous && views.streams[k].c_contiguous() && like.c_contiguous();
-            parameter.f_contiguous = parameter.f_contiguous && views.streams[k].f_contiguous() && like.f_contiguous();
-        }
-        parameter.shape.assign(parameter.view.shape, parameter.view.shape + parameter.view.dimensions);
-        parameter.strides.assign(parameter.view.strides, parameter.view.strides + parameter.view.dimensions);
-        // What a view points to does not outlive a call.
-        parameter.view.shape = parameter.shape.data();
-        parameter.view.strides = parameter.strides.data();
-        if (is_cupy_array(parameter.object)) {
-            parameter.cupy_dtype = parameter.object.attr("dtype");
-            if (!cupy_reader_) cupy_reader_ = std::make_unique<CupyReader>(parameter.object);
-        }
-        watches_.push_back(watch_of(parameter, tensor));
-        shapes_.insert(shapes_.end(), parameter.shape.begin(), parameter.shape.end());
-        tensors_.push_back(tensor);
-        steps_.push_back(0);
-    }
-
-    Watch watch_of(const Parameter& parameter, const Tensor& tensor) const {
-        Watch watch{};
-        watch.array = parameter.object.ptr();
-        watch.data = parameter.view.data;
-        watch.bytes = tensor.size * item_size(parameter.view.dtype);
-        watch.rule = static_cast<int8_t>(parameter.rule);
-        watch.dtype = compute_type(parameter.view.dtype);
-        watch.shape = shapes_.size();
-        watch.usual = parameter.view.device == ArrayView::host && parameter.c_contiguous;
-        if (watch.usual) {
-            const auto* const array = py::detail::array_proxy(watch.array);
-            watch.descriptor = array->descr;
-            watch.flags = array->flags;
-            watch.dimensions = static_cast<int8_t>(array->nd);
-        }
-        return watch;
-    }
-
-    // The arrays of a parameter in the order of its rule's streams.
-    ParameterViews views_of(const Parameter& parameter, const ArrayView& gradient) {
-        const char* const* roles = stream_roles(parameter.rule);
-        ParameterViews views;
-        views.streams[0] = view_array(parameter.object, {"params", -1, &parameter.suffix}, call_.gpu_arrays);
-        views.streams[1] = gradient;
-        for (size_t k = 0; k < parameter.state.size(); ++k) {
-            const ArrayName name{roles[2 + k], -1, &parameter.suffix};
-            views.streams[2 + k] = view_array(parameter.state[k], name, call_.gpu_arrays);
-        }
-        for (int k = 0; k < max_streams; ++k) {
-            views.has_extra[k] = static_cast<bool>(parameter.extras[k]);
-            if (!views.has_extra[k]) continue;
-            const ArrayName name{extra_roles(parameter.rule)[k], -1, &parameter.suffix};
-            views.extras[k] = view_array(parameter.extras[k], name, call_.gpu_arrays);
-        }
-        views.stochastic = parameter.stochastic;
-        return views;
-    }
-
-    // Everything that a step may write, which must all be in one place.
-    void find_owned() {
-        owned_.clear();
-        Placement placement;
-        for (const Parameter& parameter : parameters_) {
-            const ParameterViews views = views_of(parameter, parameter.view);
-            const auto own = [&](const ArrayView& view, const char* role) {
-                const ArrayName name{role, -1, &parameter.suffix};
-                placement.check(view, name);
-                const Extent extent = extent_of(view, true, name);
-                if (extent.begin != extent.end) owned_.push_back(extent);
-            };
-            for (int k = 0; k < rule_streams[parameter.rule].count; ++k) {
-                if (k != 1) own(views.streams[k], stream_roles(parameter.rule)[k]);
-                if (views.has_extra[k]) own(views.extras[k], extra_roles(parameter.rule)[k]);
-            }
-        }
-        for (Watch& watch : watches_) watch.gap_begin = watch.gap_end = nullptr;
-        owned_dense_ = std::all_of(owned_.begin(), owned_.end(), [](const Extent& extent) { return extent.dense; });
-    }
-
     void find_latest() {
         for (Group<Hyper>& group : groups_) {
             group.latest = *std::max_element(steps_.begin() + group.first, steps_.begin() + group.first + group.count);
@@ -522,7 +284,7 @@ private:
                 values.push_back(py::reinterpret_borrow<py::object>(value));
         }
 
-        bool is(PyObject* other_key, PyObject* other_entry) const {
+        bool is(PyObject * other_key, PyObject * other_entry) const {
             if (other_key != key.ptr() || other_entry != entry.ptr()) return false;
             size_t i = 0;
             Py_ssize_t place = 0;
@@ -669,7 +431,7 @@ private:
             }
             if (group.state != nullptr) add_group_on_gpu(group, prepared, g);
         }
-        if (options.zero_grad) check_zeroed_gradients(prepared);
+        if (options.zero_grad) check_zeroed_gradients(prepared.gradients);
         const StepOutcome outcome = call_.run(options);
         if (outcome.skipped) return outcome;
         for (size_t g = 0; g < prepared.hypers.size(); ++g) {
@@ -682,18 +444,6 @@ private:
             }
         }
         return outcome;
-    }
-
-    // That they share no memory with a parameter or its state has been seen; nor may they with each other.
-    void check_zeroed_gradients(const Preparation& prepared) {
-        for (size_t i = 0; i < parameters_.size(); ++i) {
-            if (prepared.gradients[i].is_none()) continue;
-            const ArrayName name{"grads", -1, &parameters_[i].suffix};
-            const ArrayView gradient = view_array(prepared.gradients[i], name, call_.gpu_arrays);
-            check_zeroed(gradient, name);
-            call_.extents.push_back(extent_of(gradient, true, name));
-        }
-        check_overlaps(call_.extents);
     }
 
     void refuse_on_gpu(const GradientOptions& options) {
@@ -886,124 +636,11 @@ private:
         return &group.state->float64;
     }
 
-    // The usual case, quickly: the parameter is as it was when it was checked, the gradient is a C-contiguous
-    // array like it, and lies where it was seen to be in nobody's way. Everything else is checked_tensor's.
-    bool is_as_before(const Watch& watch, py::handle gradient) const {
-        if (!watch.usual || Py_TYPE(gradient.ptr()) != Py_TYPE(watch.array)) return false;
-        const auto* g = py::detail::array_proxy(gradient.ptr());
-        const auto* p = py::detail::array_proxy(watch.array);
-        constexpr int needed = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-        if ((g->flags & needed) != needed || g->descr != watch.descriptor || g->nd != watch.dimensions) return false;
-        if (p->data != watch.data || p->flags != watch.flags || p->descr != watch.descriptor ||
-            p->nd != watch.dimensions) {
-            return false;
-        }
-        const py::ssize_t* const shape = shapes_.data() + watch.shape;
-        for (int d = 0; d < p->nd; ++d) {
-            if (g->dimensions[d] != shape[d] || p->dimensions[d] != shape[d]) return false;
-        }
-        return g->data >= watch.gap_begin && g->data + watch.bytes <= watch.gap_end;
-    }
-
-    // The same for CuPy arrays, or null. They keep their memory and type for life, and setting a shape keeps the
-    // order of the elements, so the parameter needs no second look. The first array of a call does not come here:
-    // it says which stream is current.
-    void* cupy_gradient_as_before(int64_t i, py::handle gradient) const {
-        const Parameter& parameter = parameters_[i];
-        if (!parameter.cupy_dtype || !parameter.c_contiguous || call_.placement.device() != parameter.view.device)
-            return nullptr;
-        char* const data =
-            cupy_reader_->contiguous_memory(gradient, parameter.cupy_dtype, parameter.shape, parameter.view.device);
-        const bool free = data >= watches_[i].gap_begin && data + watches_[i].bytes <= watches_[i].gap_end;
-        return data != nullptr && free ? data : nullptr;
-    }
-
-    Tensor checked_tensor(int64_t i, py::handle object) {
-        const Parameter& parameter = parameters_[i];
-        const ArrayName name{"grads", -1, &parameter.suffix};
-        const ArrayName own_name{"params", -1, &parameter.suffix};
-        const ArrayView p = view_array(parameter.object, own_name, call_.gpu_arrays);
-        const ArrayView gradient = view_array(object, name, call_.gpu_arrays);
-        call_.placement.check(p, own_name);
-        call_.placement.check(gradient, name);
-        if (!unchanged(parameter, p)) throw_changed(parameter, p);
-        check_gradient(gradient, p, name);
-        Tensor tensor = tensors_[i];
-        tensor.streams[1] = gradient.data;
-        if (gradient.dtype != p.dtype || (!(parameter.c_contiguous && gradient.c_contiguous()) &&
-                                          !(parameter.f_contiguous && gradient.f_contiguous()))) {
-            const ParameterViews views = views_of(parameter, gradient);
-            tensor = bind(parameter.rule, views, {"", -1, &parameter.suffix}, call_.stores);
-            if (tensor.storage != nullptr) call_.stores.set_random(random_stream(seed_, steps_[i] + 1));
-        }
-        check_gradient_memory(watches_[i], gradient, name);
-        return tensor;
-    }
-
-    // A gradient may share memory with another gradient, but not with what a step writes.
-    void check_gradient_memory(Watch& watch, const ArrayView& gradient, const ArrayName& name) {
-        const Extent extent = extent_of(gradient, false, name);
-        if (extent.begin >= watch.gap_begin && extent.end <= watch.gap_end) return;
-        const auto after = std::partition_point(owned_.begin(), owned_.end(),
-                                                [&](const Extent& owned) { return owned.begin < extent.end; });
-        // Arrays with gaps may interleave, so every one that begins before the gradient's end is a candidate;
-        // without them, only the last one is.
-        const char* before_end = nullptr;
-        for (auto owned = after; owned != owned_.begin();) {
-            --owned;
-            if (share_memory(*owned, extent)) {
-                // It may be memory that a parameter has left.
-                for (const Parameter& other : parameters_) {
-                    const ArrayView p = view_array(other.object, {"params", -1, &other.suffix}, call_.gpu_arrays);
-                    if (!unchanged(other, p)) throw_changed(other, p);
-                }
-                throw_overlap(*owned, extent);
-            }
-            before_end = std::max(before_end, owned->end);
-            if (owned_dense_) break;
-        }
-        watch.gap_begin = before_end;
-        watch.gap_end = after == owned_.end() ? reinterpret_cast<const char*>(UINTPTR_MAX) : after->begin;
-    }
-
-    static bool unchanged(const Parameter& parameter, const ArrayView& p) {
-        const ArrayView& then = parameter.view;
-        if (p.data != then.data || p.flags != then.flags || p.dimensions != then.dimensions || !p.known_dtype ||
-            p.dtype != then.dtype) {
-            return false;
-        }
-        const bool dense = p.c_contiguous() || p.f_contiguous();
-        for (int d = 0; d < p.dimensions; ++d) {
-            if (p.shape[d] != parameter.shape[d] || (!dense && p.strides[d] != parameter.strides[d])) return false;
-        }
-        return true;
-    }
-
-    [[noreturn]] static void throw_changed(const Parameter& parameter, const ArrayView& p) {
-        const std::string name = ArrayName{"params", -1, &parameter.suffix}.text();
-        if (!p.writeable()) throw py::value_error(name + ": the array is read-only, but a step writes to it");
-        throw py::value_error(name +
-                              ": the memory, shape or layout of the array changed after the optimizer was "
-                              "made; make a new optimizer and load this one's state_dict()");
-    }
-
     const bool decoupled_;
-    const uint64_t seed_;
     std::mutex mutex_;
     std::atomic<std::thread::id> owner_{};
-    // Deques, so that what a step has a reference to stays where it is when a group is added.
-    std::deque<Parameter> parameters_;
+    // A deque, so that what a step has a reference to stays where it is when a group is added.
     std::deque<Group<Hyper>> groups_;
-
-    // Of each parameter, each in one run of memory for the usual step. The gradient's place in a tensor is to be
-    // filled in, and is all that is missing when the gradient is contiguous in the same order as the other arrays.
-    std::vector<Watch> watches_;
-    std::vector<Tensor> tensors_;
-    std::vector<int64_t> steps_;
-    std::vector<py::ssize_t> shapes_;
-    std::vector<Extent> owned_;  // all that a step may write, by address
-    bool owned_dense_ = true;
-    std::unique_ptr<const CupyReader> cupy_reader_;
 
     // Of tensors of PyTorch; the counts are those of the parameters.
     std::vector<WatchedGroup> watched_groups_;
@@ -1013,9 +650,7 @@ private:
     py::object as_array_;
     TorchReader tensor_reader_;
 
-    // Of the step in progress; kept for their memory.
-    StepCall call_;
-    Preparation spare_;
+    Preparation spare_;  // of a step, kept for its memory
 };
 
 // What cast<Native&>() gives, without its search for the type: of a method, self is known to have it.
