@@ -65,7 +65,7 @@ constexpr FusedStep fused_steps[] = {
     fused<Adam, Format::bfloat16, Format::bfloat16, Format::bfloat16, Format::bfloat16>,
     fused<Adam, Format::bfloat16, Format::bfloat16, Format::native, Format::native>,
     fused<Adam, Format::bfloat16_correction8, Format::bfloat16, Format::signed8, Format::unsigned8>,
-    fused<Adam, Format::bfloat16, Format::bfloat16, Format::signed8, Format::unsigned8>,
+    fused<Adam, Format::bfloat16_stochastic, Format::bfloat16, Format::signed8, Format::unsigned8>,
 };
 
 template <class... All>
