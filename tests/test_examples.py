@@ -1,5 +1,6 @@
 """The examples: each runs as a user runs it, and what its docstring says of the outcome holds."""
 
+import importlib.util
 import json
 import re
 import runpy
@@ -13,9 +14,9 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def run(name, *arguments):
+def run(name, *arguments, warnings="error"):
     """Run an example to the end; return what it printed."""
-    command = [sys.executable, "-W", "error", EXAMPLES / name, *arguments]
+    command = [sys.executable, "-W", warnings, EXAMPLES / name, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -113,3 +114,20 @@ def test_a_transformer_learns_the_same_with_either_optimizer():
     assert abs(narrow["loss"] - theirs["loss"]) < 0.1
     assert ours["state_bytes"] == theirs["state_bytes"]
     assert narrow["state_bytes"] < 0.3 * theirs["state_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "needed", "warnings"),
+    [
+        ("torch_trainer.py", ("transformers", "accelerate"), "error"),
+        # Lightning itself uses what PyTorch warns of.
+        ("torch_lightning.py", ("lightning",), "default"),
+    ],
+)
+def test_trainers_learn_the_same_with_either_optimizer(name, needed, warnings):
+    for package in needed:
+        if importlib.util.find_spec(package) is None:  # they take seconds to import
+            pytest.skip(f"{package} is not installed: pip install '.[torch-examples]'")
+    theirs, ours = json.loads(run(name, "--quick", "--json", warnings=warnings)).values()
+    assert theirs < 3.2  # 4.6 at the start
+    assert abs(ours - theirs) < 0.001

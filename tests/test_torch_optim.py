@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 import pickle
 import subprocess
 import sys
@@ -61,17 +63,17 @@ def pair(name, dtype=torch.float32, **options):
     )
 
 
-def torch_inputs(name):
+def torch_inputs(name, kind, *arguments):
     inputs = pytest.importorskip(
         "torch.testing._internal.common_optimizers", reason="needs expecttest", exc_type=ImportError
     )
-    return getattr(inputs, f"optim_inputs_func_{name.lower()}")("cpu")
+    return getattr(inputs, f"optim_{kind}_func_{name.lower()}")(*arguments)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pytorchs_own_inputs(name, dtype):
-    inputs = torch_inputs(name)
+    inputs = torch_inputs(name, "inputs", "cpu")
     assert len(inputs) >= 5
     for given in inputs:
         (ours, optimizer), (theirs, reference) = pair(name, dtype, **given.kwargs)
@@ -80,16 +82,40 @@ def test_pytorchs_own_inputs(name, dtype):
         assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_pytorchs_own_inputs_for_graphs(name):
+    inputs = [given.kwargs for given in torch_inputs(name, "inputs", "cuda")]
+    inputs = [kwargs for kwargs in inputs if kwargs.pop("capturable", False)]
+    assert len(inputs) >= 5
+    for kwargs in inputs:
+        with pytest.raises(ValueError, match="capturable=True: not supported"):
+            getattr(fst, name)([torch.zeros(2)], capturable=True, **kwargs)
+        # Among them are tensors of several dimensions, which PyTorch takes for its graphs alone.
+        (ours, optimizer), (theirs, reference) = pair(name)
+        for key, value in kwargs.items():
+            optimizer.param_groups[0][key] = value
+            plain = [float(v) for v in value] if isinstance(value, tuple) else float(value)
+            reference.param_groups[0][key] = plain
+        train(ours, optimizer)
+        train(theirs, reference)
+        assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_pytorchs_own_errors(name):
-    torch_inputs(name)
-    from torch.testing._internal import common_optimizers
-
-    errors = getattr(common_optimizers, f"optim_error_inputs_func_{name.lower()}")
-    for given in errors("cpu", torch.float32):
+    errors = torch_inputs(name, "error_inputs", "cpu", torch.float32)
+    assert len(errors) >= 6
+    for given in errors:
         wrong = given.optimizer_error_input
-        with pytest.raises((TypeError, ValueError, given.error_type)):
-            getattr(fst, name)(wrong.params, **wrong.kwargs)
+        params = [torch.zeros(2)] if wrong.params is None else wrong.params
+        if wrong.desc == "betas must be either both floats or both Tensors" and "foreach" not in (
+            wrong.kwargs
+        ):
+            getattr(fst, name)(params, **wrong.kwargs)  # there is no reason to refuse them
+            continue
+        named = "|".join(wrong.kwargs) or "param"
+        with pytest.raises((TypeError, ValueError, given.error_type), match=named):
+            getattr(fst, name)(params, **wrong.kwargs)
 
 
 OPTIONS = [
@@ -187,17 +213,33 @@ def as_array(tensor):
     return tensor.numpy()
 
 
+def two(lrs, o):
+    return [lrs.ConstantLR(o, 0.5, total_iters=3), lrs.ExponentialLR(o, 0.9)]
+
+
 SCHEDULERS = {
     "LambdaLR": lambda lrs, o: lrs.LambdaLR(o, lambda i: 0.9**i),
+    "MultiplicativeLR": lambda lrs, o: lrs.MultiplicativeLR(o, lambda i: 0.9),
     "StepLR": lambda lrs, o: lrs.StepLR(o, 3),
-    "ExponentialLR": lambda lrs, o: lrs.ExponentialLR(o, 0.9),
-    "CosineAnnealingLR": lambda lrs, o: lrs.CosineAnnealingLR(o, 4),
+    "MultiStepLR": lambda lrs, o: lrs.MultiStepLR(o, [2, 5]),
+    "ConstantLR": lambda lrs, o: lrs.ConstantLR(o, 0.5, total_iters=4),
     "LinearLR": lambda lrs, o: lrs.LinearLR(o, total_iters=5),
-    "PolynomialLR": lambda lrs, o: lrs.PolynomialLR(o, total_iters=8),
-    "OneCycleLR": lambda lrs, o: lrs.OneCycleLR(o, 0.1, total_steps=12),
+    "ExponentialLR": lambda lrs, o: lrs.ExponentialLR(o, 0.9),
+    "SequentialLR": lambda lrs, o: lrs.SequentialLR(o, two(lrs, o), milestones=[4]),
+    "CosineAnnealingLR": lambda lrs, o: lrs.CosineAnnealingLR(o, 4),
+    "ChainedScheduler": lambda lrs, o: lrs.ChainedScheduler(two(lrs, o)),
+    "ReduceLROnPlateau": lambda lrs, o: lrs.ReduceLROnPlateau(o, patience=1),
     "CyclicLR": lambda lrs, o: lrs.CyclicLR(o, 0.01, 0.1, step_size_up=3),
     "CosineAnnealingWarmRestarts": lambda lrs, o: lrs.CosineAnnealingWarmRestarts(o, 3),
+    "OneCycleLR": lambda lrs, o: lrs.OneCycleLR(o, 0.1, total_steps=12),
+    "PolynomialLR": lambda lrs, o: lrs.PolynomialLR(o, total_iters=8),
+    "SWALR": lambda lrs, o: torch.optim.swa_utils.SWALR(o, 0.01, anneal_epochs=4),
 }
+
+
+def test_every_scheduler_is_tested():
+    lrs = torch.optim.lr_scheduler
+    assert {*lrs.__all__, "SWALR"} - {"LRScheduler"} == set(SCHEDULERS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -210,8 +252,18 @@ def test_schedulers(name, scheduler, tensor_lr):
     (ours, optimizer), (theirs, reference) = pair(name, dtype, **options)
     for own in (optimizer, reference):
         own.param_groups[0]["lr"] = torch.tensor(0.05) if tensor_lr else 0.05
-    for model, own in ((ours, optimizer), (theirs, reference)):
-        train(model, own, after=SCHEDULERS[scheduler](torch.optim.lr_scheduler, own).step)
+    rates = [], []
+    for model, own, seen in zip((ours, theirs), (optimizer, reference), rates, strict=True):
+        schedule = SCHEDULERS[scheduler](torch.optim.lr_scheduler, own)
+        arguments = [1.0] if scheduler == "ReduceLROnPlateau" else []  # a loss that stays
+
+        def after(schedule=schedule, arguments=arguments, own=own, seen=seen):
+            schedule.step(*arguments)
+            seen.append(float(own.param_groups[0]["lr"]))
+
+        train(model, own, after=after)
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) > 1
     assert_close(ours, theirs)
 
 
@@ -239,6 +291,63 @@ def test_hooks_closures_and_groups():
     assert_close(ours, theirs)
     assert torch.allclose(*late)
     assert late[0][1] != 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hooks_of_state_dicts(name):
+    calls = {}
+    for library in (fst, torch.optim):
+        model = network()
+        optimizer = getattr(library, name)(model.parameters(), lr=0.01)
+        seen = calls[library] = []
+
+        def halved(_, saved, seen=seen):
+            seen.append("before load")
+            groups = [{**group, "lr": group["lr"] / 2} for group in saved["param_groups"]]
+            return {**saved, "param_groups": groups}
+
+        optimizer.register_state_dict_pre_hook(lambda _, s=seen: s.append("before save"))
+        optimizer.register_state_dict_post_hook(lambda _, d: {**d, "more": len(d)})
+        optimizer.register_load_state_dict_pre_hook(halved)
+        optimizer.register_load_state_dict_post_hook(lambda _, s=seen: s.append("after load"))
+        train(model, optimizer, 2)
+        saved = optimizer.state_dict()
+        assert saved["more"] == 2
+        optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["lr"] == 0.005
+        train(model, optimizer, 2)
+    assert calls[fst] == calls[torch.optim] == ["before save", "before load", "after load"]
+
+
+def test_global_hooks_and_profiles():
+    from torch.optim import optimizer as hooks
+
+    seen = []
+    handles = [
+        hooks.register_optimizer_step_pre_hook(lambda *_: seen.append("before")),
+        hooks.register_optimizer_step_post_hook(lambda *_: seen.append("after")),
+    ]
+    model = network()
+    optimizer = fst.AdamW(model.parameters())
+    try:
+        train(model, optimizer, 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == ["before", "after"]
+    with torch.autograd.profiler.profile() as profile:
+        train(model, optimizer, 1)
+    assert "Optimizer.step#AdamW.step" in [event.name for event in profile.function_events]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(set_to_none):
+    model = network()
+    optimizer = fst.SGD(model.parameters(), momentum=0.9)
+    train(model, optimizer, 1)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    for p in model.parameters():
+        assert p.grad is None if set_to_none else not p.grad.any()
 
 
 def test_gradients_of_none_leave_parameters():
@@ -302,6 +411,140 @@ def test_moved_parameters_and_state_are_seen():
     assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_as_pytorch_saves(name):
+    (ours, optimizer), (theirs, reference) = pair(name)
+    train(ours, optimizer, 3)
+    train(theirs, reference, 3)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    reference.load_state_dict(torch.load(file, weights_only=True))
+    for model, own in ((ours, optimizer), (theirs, reference)):
+        train(model, own, 3, seed=4)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_failed_load_changes_nothing(name):
+    model = network()
+    optimizer = getattr(fst, name)(model.parameters(), lr=0.01)
+    train(model, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    wrong = copy.deepcopy(before)
+    wrong["param_groups"][0]["params"].pop()
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict(wrong)
+    torch.testing.assert_close(optimizer.state_dict(), before)
+
+
+def averaged(model):
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_compiled_models():
+    (ours, optimizer), (theirs, reference) = pair("AdamW")
+    train(torch.compile(ours, backend="eager"), optimizer)
+    train(torch.compile(theirs, backend="eager"), reference)
+    assert_close(ours, theirs)
+
+
+def test_averaged_models():
+    (ours, optimizer), (theirs, reference) = pair("AdamW", lr=0.01)
+    averages = averaged(ours), averaged(theirs)
+    train(ours, optimizer, after=lambda: averages[0].update_parameters(ours))
+    train(theirs, reference, after=lambda: averages[1].update_parameters(theirs))
+    assert_close(*averages)
+    assert not torch.equal(next(averages[0].parameters()), next(ours.parameters()))
+
+
+def test_parameters_of_two_modules():
+    ours, theirs = ((torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)) for _ in range(2))
+    for pair_of_layers, library in ((ours, fst), (theirs, torch.optim)):
+        torch.manual_seed(0)
+        for layer in pair_of_layers:
+            layer.reset_parameters()
+        pair_of_layers[1].weight = pair_of_layers[0].weight
+        model = torch.nn.Sequential(*pair_of_layers)
+        optimizer = library.AdamW(model.parameters())
+        for _ in range(4):
+            optimizer.zero_grad()
+            (model(torch.ones(3, 4)) ** 2).sum().backward()
+            optimizer.step()
+        assert len(optimizer.state) == 3
+    assert_close(torch.nn.Sequential(*ours), torch.nn.Sequential(*theirs))
+
+
+def test_stepped_inside_the_backward_pass():
+    (ours, _), (theirs, reference) = pair("SGD", lr=0.1)
+    for p in ours.parameters():
+        own = fst.SGD([p], lr=0.1)
+
+        def step(p, own=own):
+            own.step()
+            own.zero_grad()
+
+        p.register_post_accumulate_grad_hook(step)
+    train(ours, torch.optim.SGD([torch.zeros(1)]))
+    train(theirs, reference)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_parameters():
+    model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.Linear(3, 2))
+    optimizer = fst.AdamW(model.parameters())
+    optimizer.step()
+    model(torch.ones(4, 5)).sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3, 2)])
+def test_gradients_that_are_negative_views(shape):
+    """Their memory holds the negative of what they are; autograd makes them of one element."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(shape))
+    q = torch.nn.Parameter(torch.zeros(shape))
+    optimizer, reference = fst.SGD([p], lr=1.0), torch.optim.SGD([q], lr=1.0)
+    for step in range(3):
+        grad = torch.randn(shape)
+        if step > 0:
+            grad = torch.complex(grad, grad).conj().imag
+            assert grad.is_neg()
+        p.grad = q.grad = grad
+        optimizer.step()
+        reference.step()
+    assert torch.equal(p, q)
+    p.data = torch.complex(p.data, p.data).conj().imag
+    with pytest.raises(TypeError, match=r"params\[0\]\[0\]: a view .* resolve_neg"):
+        optimizer.step()
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        made_there = torch.ones(3)
+    normal = torch.ones(3, requires_grad=True)
+    for p in (made_there, normal):
+        optimizer = fst.AdamW([p], lr=0.1)
+        with torch.inference_mode():
+            p.grad = torch.ones(3)
+            optimizer.step()
+        assert (p < 1).all()
+        p.grad = torch.ones(3)
+        before = p.detach().clone()
+        if p is normal:
+            optimizer.step()
+            assert (p < before).all()
+        else:
+            with pytest.raises(RuntimeError, match=r"params\[0\]\[0\]: made in inference mode"):
+                optimizer.step()
+            assert torch.equal(p, before)
+
+
 def test_layouts():
     for make in (
         lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
@@ -336,6 +579,11 @@ def test_autograd_sees_the_step():
         (torch.zeros(2, dtype=torch.complex64), r"params\[0\]\[0\]: torch.complex64"),
         (torch.zeros(2).to_sparse(), r"params\[0\]\[0\]: .*only dense"),
         (torch.zeros(2, device="meta"), r"params\[0\]\[0\]: on device 'meta'"),
+        (
+            torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
+            r"params\[0\]\[0\]: a nested tensor; only dense",
+        ),
+        (torch._neg_view(torch.ones(2)), r"params\[0\]\[0\]: a view .* resolve_neg"),
         (torch.zeros(2, dtype=torch.int32), r"params\[0\]\[0\]: int32"),
     ],
 )
@@ -367,10 +615,21 @@ def test_refused_gradients_change_nothing(before):
     torch.testing.assert_close(([*params.values()], optimizer.state_dict()["state"]), saved)
 
 
-@pytest.mark.parametrize("way", ["foreach", "capturable", "differentiable"])
-def test_refused_ways(way):
-    with pytest.raises(ValueError, match=f"{way}=True"):
-        fst.Adam([torch.zeros(2)], **{way: True})
+@pytest.mark.parametrize("name", NAMES)
+def test_ways_to_step(name):
+    kind = getattr(fst, name)
+    accepted = inspect.signature(getattr(torch.optim, name)).parameters
+    assert [key for key in inspect.signature(kind).parameters if key in accepted] == [*accepted]
+    for way in {"foreach", "capturable", "differentiable", "fused"} & set(accepted):
+        kind([torch.zeros(2)], **{way: False})
+        with pytest.raises(TypeError, match=f"{way}: expected True, False or None, got 2"):
+            kind([torch.zeros(2)], **{way: 2})
+        if way == "fused":
+            continue
+        for params in ([torch.zeros(2)], [{"params": [torch.zeros(2)], way: True}]):
+            options = {} if isinstance(params[0], dict) else {way: True}
+            with pytest.raises(ValueError, match=f"{way}=True: not supported"):
+                kind(params, **options)
 
 
 def test_fusedstep_does_not_import_torch():

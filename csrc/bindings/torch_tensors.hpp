@@ -30,10 +30,15 @@ public:
 private:
     void look_up();
 
+    // Whether the memory holds the negative of the values, as of (x.conj()).imag, which a description does not say. It
+    // is asked of what could be taken for contiguous.
+    bool is_negative(py::handle tensor, const dlpack::Tensor& description) const;
+
     bool looked_up_ = false;
     py::handle tensor_type_, parameter_type_;
     std::unique_ptr<const Getter> gradient_;
     decltype(dlpack::ExchangeApi::tensor_from_object) describe_ = nullptr;
+    PyCFunction is_negative_ = nullptr;
 };
 
 }  // namespace fusedstep

@@ -7,6 +7,7 @@ Nothing is copied: a step works in the tensors' own memory.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -24,6 +25,8 @@ __all__ = ["GD", "SGD", "Adam", "AdamW"]
 _ADDED = {"amsgrad": False, "maximize": False, "nesterov": False}
 # How PyTorch runs a step, which is no concern of a checkpoint's here.
 _WAYS = ("foreach", "capturable", "differentiable", "fused")
+# Where every empty array lies, which otherwise is somewhere else each time one is made.
+_NO_MEMORY = np.empty(0)
 
 
 class _Optimizer(torch.optim.Optimizer):
@@ -36,6 +39,9 @@ class _Optimizer(torch.optim.Optimizer):
     _storage: narrow.Storage
     _native: Any = None
     _loading: dict[str, Any] | None = None
+    # Of what is bound: DTensors with their names, and whether one was made in inference mode.
+    _distributed: list[tuple[torch.Tensor, str]]
+    _inference = False
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], storage: narrow.Storage, ways: dict[str, Any]
@@ -43,6 +49,7 @@ class _Optimizer(torch.optim.Optimizer):
         for name, value in ways.items():
             _check_way(name, value)
         self._storage = storage
+        self._distributed = []
         super().__init__(params, {**defaults, **ways})
 
     @property
@@ -77,18 +84,29 @@ class _Optimizer(torch.optim.Optimizer):
             keys = self._state_keys(group)
             self._make_native().check_group(group, number, len(keys), False)
             self._storage.check(keys)
-            suffixes = _suffixes(group, number)
-            arrays = [
-                _checked_array(p, f"params{s}")
-                for p, s in zip(group["params"], suffixes, strict=True)
-            ]
-            for array, suffix in zip(arrays, suffixes, strict=True):
-                _core.check_parameter(array, suffix)
+            suffixes, arrays = [], []
+            for param, suffix in zip(group["params"], _suffixes(group, number), strict=True):
+                if not torch.nn.parameter.is_lazy(param):
+                    suffixes.append(suffix)
+                    arrays.append(self._checked_parameter(param, keys, suffix))
             _warn_of_rounding(arrays, suffixes, self._storage)
         except Exception:
             self.param_groups.pop()
             raise
         self._native = None
+
+    def _checked_parameter(self, param: torch.Tensor, keys: tuple[str, ...], suffix: str) -> Any:
+        array = _checked_array(param, f"params{suffix}")
+        _core.check_parameter(array, suffix)
+        if _is_distributed(param):
+            # What is rounded at random would depend on how many ranks there are.
+            why = f"not for DTensors, and params{suffix} is one"
+            dtypes = self._storage.state_dtypes(array, keys)
+            if any(key.endswith(narrow.UNITS) for key in dtypes):
+                raise ValueError(f"state_dtype: '8bit' is {why}")
+            if self._storage.master_weights == "stochastic" and array.dtype.itemsize == 2:
+                raise ValueError(f"master_weights: 'stochastic' is {why}")
+        return array
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -133,14 +151,21 @@ class _Optimizer(torch.optim.Optimizer):
         if (grad_scale := getattr(self, "grad_scale", None)) is not None:
             scale = 1.0 / float(grad_scale)
         # Autograd must know: it refuses a backward pass through values that have changed since.
-        torch._C._increment_version(self._step_native(scale))
+        stepped = self._step_native(scale)
+        torch._C._increment_version(stepped)
+        if self._distributed:
+            torch._C._increment_version([_local(param) for param in stepped])
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
     def _step_native(self, scale: float) -> list[torch.Tensor]:
         """Return the tensors that were stepped."""
-        if self._native is not None:
+        for param, suffix in self._distributed:
+            _place_gradient(param, suffix)
+        if self._native is not None and not (
+            self._inference and not torch.is_inference_mode_enabled()
+        ):
             try:
                 stepped = self._native.step_tensors(self.param_groups, self.state, scale)
                 if stepped is not None:
@@ -166,6 +191,8 @@ class _Optimizer(torch.optim.Optimizer):
         groups, counts = [], []
         steps: list[int] = []
         made = []
+        distributed = []
+        inference = False
         bound_groups = 0
         for number, group in enumerate(self.param_groups):
             keys = self._state_keys(group)
@@ -178,11 +205,21 @@ class _Optimizer(torch.optim.Optimizer):
                 if param.grad is None and not before and (keys or not param.requires_grad):
                     tensors.append((param, -1))
                     continue
-                array = _checked_array(param, f"params{suffix}")
-                _core.check_parameter(array, suffix)
+                array = self._checked_parameter(param, keys, suffix)
+                if param.is_inference():
+                    inference = True
+                    if not torch.is_inference_mode_enabled():
+                        raise RuntimeError(
+                            f"params{suffix}: made in inference mode, and only there can a step "
+                            "change it; step a clone of it"
+                        )
+                if _is_distributed(param):
+                    distributed.append((param, suffix))
+                    _place_gradient(param, suffix)
                 if param.grad is not None:
-                    _checked_array(param.grad, f"grads{suffix}")
-                entry, state, extra, step = self._entry(before, array, keys, suffix)
+                    _checked_array(param.grad, f"grads{suffix}", writes=False)
+                with torch.inference_mode(False):
+                    entry, state, extra, step = self._entry(before, param, array, keys, suffix)
                 if entry:
                     entries[param] = entry
                     if not before:
@@ -214,25 +251,36 @@ class _Optimizer(torch.optim.Optimizer):
             own.update(entry)
         native.watch_tensors(groups, list(self.state.items()), counts, _array)
         self._native = native
+        self._distributed = distributed
+        self._inference = inference
         return made
 
     def _entry(
-        self, before: dict[str, Any], array: Any, keys: tuple[str, ...], suffix: str
+        self,
+        before: dict[str, Any],
+        param: torch.Tensor,
+        array: Any,
+        keys: tuple[str, ...],
+        suffix: str,
     ) -> tuple[dict[str, Any], list[Any], list[Any], int]:
         """Return a parameter's entry in the state, its arrays, what lies beside each, its step."""
         where = f"state{suffix}"
-        if not before:
-            arrays, extras = self._storage.new_state(array, keys, suffix)
-            entry = {key: _tensor(own) for key, own in arrays.items()}
-            if self._counts_steps():
-                entry = {"step": torch.zeros(()), **entry}
-            return entry, [arrays[key] for key in keys], extras, 0
-        step = _checked_step(before.get("step", min(1, len(keys))), where)
-        for key in keys:
-            if key not in before:
-                raise ValueError(f"{where}: no {key!r}")
+        step = 0
+        if before:
+            step = _checked_step(before.get("step", min(1, len(keys))), where)
+            for key in keys:
+                if key not in before:
+                    raise ValueError(f"{where}: no {key!r}")
+        else:
+            arrays, _ = self._storage.new_state(array, keys, suffix)
+            before = {"step": torch.zeros(())} if self._counts_steps() else {}
+            before |= {key: _tensor(own, param) for key, own in arrays.items()}
         wanted = self._storage.state_dtypes(array, keys)
-        held = {k: _checked_array(v, f"{where}[{k!r}]") for k, v in before.items() if k != "step"}
+        held = {}
+        for key, value in before.items():
+            if key != "step":
+                _check_placements(value, param, f"{where}[{key!r}]")
+                held[key] = _checked_array(value, f"{where}[{key!r}]")
         if any(k not in held or held[k].dtype != dtype for k, dtype in wanted.items()):
             own, _ = self._storage.new_state(array, keys, suffix)
             values = narrow.fresh(array, own)
@@ -241,8 +289,9 @@ class _Optimizer(torch.optim.Optimizer):
                     values |= narrow.converted(held, key, own, array, where)
             for key, value in values.items():
                 own[key][...] = value
-            held = {**held, **own}
-            before = {**before, **{key: _tensor(value) for key, value in own.items()}}
+            tensors = {key: _tensor(value, param) for key, value in own.items()}
+            held |= {key: _array(tensor) for key, tensor in tensors.items()}
+            before |= tensors
         count = before.get("step")
         if count is not None and not _is_count(count):
             before["step"] = torch.tensor(float(step))
@@ -277,6 +326,7 @@ class _Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._native = None
+        self._distributed = []
         if self._loading is not None:
             saved = chain.from_iterable(g["params"] for g in self._loading["param_groups"])
             params = chain.from_iterable(g["params"] for g in self.param_groups)
@@ -503,11 +553,10 @@ def _is_count(value: Any) -> bool:
     )
 
 
-def _checked_array(tensor: torch.Tensor, name: str) -> Any:
-    if tensor.layout != torch.strided:
-        raise TypeError(
-            f"{name}: a {tensor.layout} tensor; only dense (strided) tensors can be stepped"
-        )
+def _checked_array(tensor: torch.Tensor, name: str, writes: bool = True) -> Any:
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name}: a {kind} tensor; only dense (strided) tensors can be stepped")
     if tensor.is_complex():
         raise TypeError(
             f"{name}: {tensor.dtype}; step torch.view_as_real(x), which shares its memory"
@@ -517,6 +566,11 @@ def _checked_array(tensor: torch.Tensor, name: str) -> Any:
             f"{name}: on device {tensor.device.type!r}; only tensors in host memory and on CUDA "
             "GPUs can be stepped"
         )
+    if tensor.is_neg() and writes:
+        raise TypeError(
+            f"{name}: a view whose memory holds the negative of its values, as (x.conj()).imag is; "
+            "give its resolve_neg()"
+        )
     try:
         return _array(tensor)
     except (TypeError, RuntimeError) as error:
@@ -525,18 +579,65 @@ def _checked_array(tensor: torch.Tensor, name: str) -> Any:
 
 def _array(tensor: torch.Tensor) -> Any:
     """Return an array of a tensor's memory; on a GPU the tensor itself."""
-    tensor = tensor.detach()
+    tensor = _local(tensor).detach().resolve_neg()
     if tensor.device.type != "cpu":
         return tensor
     if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(narrow.bfloat16())
-    return tensor.numpy()
+        array = tensor.view(torch.int16).numpy().view(narrow.bfloat16())
+    else:
+        array = tensor.numpy()
+    return array if array.size else np.ndarray(array.shape, array.dtype, _NO_MEMORY)
 
 
-def _tensor(array: Any) -> torch.Tensor:
-    """Return a tensor of an array's memory."""
+def _tensor(array: Any, param: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of an array's memory; of its values where the parameter is a DTensor."""
     if isinstance(array, torch.Tensor):
-        return array
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+        tensor = array
+    elif array.dtype.name == "bfloat16":
+        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(array)
+    if not _is_distributed(param):
+        return tensor
+    distributed = torch.empty_like(param, dtype=tensor.dtype, requires_grad=False)
+    _local(distributed).copy_(tensor)
+    return distributed
+
+
+def _is_distributed(tensor: torch.Tensor) -> bool:
+    """Say whether it is a DTensor, of which a rank holds its own part."""
+    module = sys.modules.get("torch.distributed.tensor")  # without it there is none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """Return what this rank holds of a tensor."""
+    if not _is_distributed(tensor):
+        return tensor  # type: ignore[no-any-return]
+    with torch.no_grad():
+        local = tensor.to_local()
+    return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
+
+
+def _place_gradient(param: Any, suffix: str) -> None:
+    """Distribute a gradient as its parameter is, which the operations of a DTensor do too."""
+    grad = param.grad
+    if grad is None or getattr(grad, "placements", None) == param.placements:
+        return
+    if not _is_distributed(grad):
+        raise TypeError(
+            f"grads{suffix}: {type(grad).__qualname__}, but its parameter is a DTensor with "
+            f"placements {param.placements}"
+        )
+    with torch.no_grad():
+        param.grad = grad.redistribute(placements=param.placements)
+
+
+def _check_placements(value: Any, param: Any, where: str) -> None:
+    """Raise where state is not distributed as its parameter is."""
+    held, wanted = (t.placements if _is_distributed(t) else None for t in (value, param))
+    if held != wanted:
+        raise ValueError(
+            f"{where}: placements {held}, but its parameter has {wanted}; "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict loads it as needed"
+        )
