@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,12 @@ def _restore_settings() -> Iterator[None]:
     yield
     fs.set_isa(isa)
     fs.set_num_threads(threads)
+
+
+@pytest.fixture
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a build without the CUDA backend; with one, test_gpu_arrays.py looks at GPU arrays."""
+    monkeypatch.setitem(sys.modules, "fusedstep._cuda", None)
 
 
 @pytest.fixture(params=["scalar", "avx2", "avx512"])
