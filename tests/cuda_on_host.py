@@ -28,8 +28,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     source = ROOT / "tests" / "native" / "cuda_on_host.cpp"
     subprocess.run([compiler, *flags, source, "-o", path], check=True)
     library = ctypes.CDLL(str(path))
-    for function in ("launch_count", "small_launch_count", "begun_count", "loaded_count"):
-        getattr(library, function).restype = ctypes.c_int64
+    for counted in ("launch", "small_launch", "begun", "loaded", "norm"):
+        getattr(library, f"{counted}_count").restype = ctypes.c_int64
     library.last_stream.restype = ctypes.c_uint64
     library.get_backend.restype = ctypes.c_void_p
     return library
@@ -50,3 +50,4 @@ def gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctype
     library.set_most_blocks(3)
     library.set_device_of_pointers(0)
     library.set_refused_dtype(-1)
+    library.set_norm_is_refused(0)

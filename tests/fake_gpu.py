@@ -23,6 +23,7 @@ class CupyArray:
     def __init__(self, array: NDArray[Any], device: int = 0) -> None:
         self.host = array
         self.dtype, self.shape, self.strides = array.dtype, array.shape, array.strides
+        self.ndim, self.size = array.ndim, array.size
         self.device = nullcontext()
         self.data = SimpleNamespace(ptr=array.ctypes.data, device_id=device)
 
@@ -34,6 +35,15 @@ class CupyArray:
 
     def __setitem__(self, key: Any, values: CupyArray) -> None:
         self.host[key] = values.host
+
+    def __lshift__(self, count: int) -> CupyArray:
+        return CupyArray(self.host << count, self.data.device_id)
+
+    def view(self, dtype: Any) -> CupyArray:
+        return CupyArray(self.host.view(dtype), self.data.device_id)
+
+    def astype(self, dtype: Any) -> CupyArray:
+        return CupyArray(self.host.astype(dtype), self.data.device_id)
 
     def get(self) -> NDArray[Any]:
         return self.host.copy()
@@ -53,7 +63,9 @@ class Cupy:
 
         module = ModuleType("cupy")
         module.ndarray = CupyArray
-        module.zeros_like = lambda like: CupyArray(np.zeros_like(like.host), like.data.device_id)
+        module.zeros_like = lambda like, dtype: CupyArray(
+            np.zeros_like(like.host, dtype), like.data.device_id
+        )
         module.zeros = lambda *args: CupyArray(np.zeros(*args))
         module.asarray = CupyArray
         module.cuda = SimpleNamespace(get_current_stream=get_current_stream)

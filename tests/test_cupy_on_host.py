@@ -37,7 +37,7 @@ def on_gpu(cupy, monkeypatch):
         pointer = cupy.cuda.MemoryPointer(memory, 0)
         return cupy.ndarray(array.shape, dtype or array.dtype, pointer, array.strides)
 
-    monkeypatch.setattr(gpu_library, "zeros_like", lambda p: wrap(np.zeros(p.shape, p.dtype)))
+    monkeypatch.setattr(gpu_library, "zeros_like", lambda p, dtype: wrap(np.zeros(p.shape, dtype)))
     return wrap
 
 

@@ -48,7 +48,7 @@ void check_like_parameter(const ArrayView& view, const ArrayView& parameter, con
 Format plain_format(const ArrayView& view, const ArrayView& parameter, bool is_gradient, const ArrayName& name) {
     const DType compute = compute_type(parameter.dtype);
     if (view.known_dtype && view.dtype == compute) return Format::native;
-    if (view.known_dtype && compute == DType::float32 && view.device == ArrayView::host) {
+    if (view.known_dtype && compute == DType::float32) {
         if (view.dtype == DType::bfloat16) return Format::bfloat16;
         if (view.dtype == DType::float16 && is_gradient) return Format::float16;
     }
@@ -57,10 +57,6 @@ Format plain_format(const ArrayView& view, const ArrayView& parameter, bool is_g
 
 Format parameter_format(const ArrayView& p, const ArrayView* beside, bool stochastic, const ArrayName& name) {
     const bool narrow = p.known_dtype && (p.dtype == DType::bfloat16 || p.dtype == DType::float16);
-    if (p.device != ArrayView::host && !p.is_of_compute_type()) {
-        throw py::type_error(name.text() + ": " + p.dtype_text() +
-                             " parameters are not supported on a GPU; use float32 or float64 in native byte order");
-    }
     if (!narrow && !p.is_of_compute_type()) {
         throw py::type_error(name.text() + ": " + p.dtype_text() +
                              " parameters are not supported; use float32, float64, bfloat16 or float16 in native byte "

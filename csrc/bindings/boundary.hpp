@@ -49,7 +49,10 @@ struct StepStores {
         storages.clear();
     }
     // Of the storage filled last.
-    void set_random(uint64_t random) { storages.last().random = random; }
+    void set_random(uint64_t random, const uint64_t* on_gpu) {
+        storages.last().random = random;
+        storages.last().random_on_gpu = on_gpu;
+    }
 };
 
 // The arrays of one parameter: stream k of its rule, and what lies beside it where the format has that.

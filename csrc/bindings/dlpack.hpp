@@ -7,7 +7,7 @@
 namespace fusedstep::dlpack {
 
 enum DeviceType : int32_t { cpu = 1, cuda = 2, cuda_managed = 13 };
-enum TypeCode : uint8_t { floating = 2, bfloat = 4 };
+enum TypeCode : uint8_t { integer = 0, unsigned_integer = 1, floating = 2, bfloat = 4 };
 constexpr uint64_t flag_read_only = 1;
 
 struct Device {

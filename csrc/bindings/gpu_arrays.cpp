@@ -1,6 +1,7 @@
 #include "gpu_arrays.hpp"
 
 #include <cstring>
+#include <utility>
 
 #include "dlpack.hpp"
 
@@ -32,13 +33,33 @@ bool is_instance_of(py::handle object, const char* module, const char* type) {
     return loaded && py::hasattr(loaded, type) && py::isinstance(object, loaded.attr(type));
 }
 
-bool is_native_float(const char* type, DType& dtype) {
-    if (std::strcmp(type, "<f4") == 0) {
-        dtype = DType::float32;
+// The element type that an array interface names. It has no name of its own for bfloat16.
+bool read_typestr(const std::string& type, DType& dtype) {
+    constexpr std::pair<const char*, DType> types[] = {{"<f4", DType::float32}, {"<f8", DType::float64},
+                                                       {"<f2", DType::float16}, {"|i1", DType::int8},
+                                                       {"|u1", DType::uint8},   {"<u2", DType::uint16}};
+    for (const auto& [name, named] : types) {
+        if (type != name) continue;
+        dtype = named;
         return true;
     }
-    dtype = DType::float64;
-    return std::strcmp(type, "<f8") == 0;
+    return false;
+}
+
+bool read_dlpack_type(const dlpack::DataType& type, DType& dtype) {
+    constexpr std::pair<dlpack::DataType, DType> types[] = {{{dlpack::floating, 32, 1}, DType::float32},
+                                                            {{dlpack::floating, 64, 1}, DType::float64},
+                                                            {{dlpack::floating, 16, 1}, DType::float16},
+                                                            {{dlpack::bfloat, 16, 1}, DType::bfloat16},
+                                                            {{dlpack::integer, 8, 1}, DType::int8},
+                                                            {{dlpack::unsigned_integer, 8, 1}, DType::uint8},
+                                                            {{dlpack::unsigned_integer, 16, 1}, DType::uint16}};
+    for (const auto& [known, named] : types) {
+        if (type.code != known.code || type.bits != known.bits || type.lanes != known.lanes) continue;
+        dtype = named;
+        return true;
+    }
+    return false;
 }
 
 // The flags that NumPy would give an array of this layout.
@@ -296,9 +317,7 @@ bool GpuArrays::view_dlpack(py::handle array, const ArrayName& name, ArrayView& 
     view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
     view.device = tensor.device.id;
     view.dimensions = checked_dimensions(tensor.ndim);
-    const bool is_float = tensor.dtype.code == dlpack::floating && tensor.dtype.lanes == 1;
-    view.dtype = tensor.dtype.bits == 32 ? DType::float32 : DType::float64;
-    view.known_dtype = is_float && (tensor.dtype.bits == 32 || tensor.dtype.bits == 64);
+    view.known_dtype = read_dlpack_type(tensor.dtype, view.dtype);
     py::ssize_t* const extents = new_extents(view.dimensions);
     view.shape = extents;
     view.strides = extents + view.dimensions;
@@ -330,14 +349,14 @@ void GpuArrays::view_interface(py::handle array, const ArrayName& name, ArrayVie
     view.data = reinterpret_cast<char*>(data[0].cast<uintptr_t>());
     if (data[1].cast<bool>()) view.flags = 0;
     const std::string type = py::str(interface["typestr"]);
-    view.known_dtype = is_native_float(type.c_str(), view.dtype);
+    view.known_dtype = read_typestr(type, view.dtype);
     view.dimensions = checked_dimensions(static_cast<int64_t>(shape.size()));
     py::ssize_t* const extents = new_extents(view.dimensions);
     view.shape = extents;
     view.strides = extents + view.dimensions;
     read_tuple(shape, view.dimensions, extents);
     if (get("strides").is_none())
-        set_c_strides(extents + view.dimensions, view, item_size(view.dtype));
+        set_c_strides(extents + view.dimensions, view, view.known_dtype ? item_size(view.dtype) : 1);
     else
         read_tuple(interface["strides"], view.dimensions, extents + view.dimensions);
     // The interface does not name the device; an empty array has no memory to ask about.

@@ -12,8 +12,8 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr fusedstep::GpuBackend backend{FUSEDSTEP_VERSION,     cuda::launch, cuda::begin_gd_step,
-                                        cuda::begin_adam_step, cuda::load,   cuda::device_of};
+constexpr fusedstep::GpuBackend backend{FUSEDSTEP_VERSION, cuda::launch, cuda::begin_gd_step, cuda::begin_adam_step,
+                                        cuda::launch_norm, cuda::load,   cuda::load_norm,     cuda::device_of};
 
 py::list devices() {
     py::list devices;

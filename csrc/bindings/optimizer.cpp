@@ -122,7 +122,7 @@ public:
     // without the lock, since that code may use this optimizer.
     StepOutcome step(py::handle param_groups, py::handle grads, const GradientOptions& options, bool nested) {
         Preparation prepared = begin();
-        if (options.first_given() != nullptr) refuse_on_gpu(options);
+        if (options.skip_nonfinite) check_skipping();
         hold_dicts(param_groups, prepared);
         for (size_t g = 0; g < prepared.dicts.size(); ++g) {
             if (groups_[g].state != nullptr) {
@@ -195,6 +195,24 @@ public:
         const py::object stepped = as_watched ? stepped_tensors(prepared) : py::object(py::none());
         end(prepared);
         return stepped;
+    }
+
+    // Of the memory that a norm on a GPU needs.
+    int64_t norm_workspace_bytes() {
+        const std::lock_guard<Optimizer> lock(*this);
+        int64_t blocks = 0;
+        for (const Tensor& tensor : tensors_) blocks += norm_blocks(tensor.size);
+        return fusedstep::norm_workspace_bytes(blocks, static_cast<int64_t>(tensors_.size()));
+    }
+
+    // Where in the GPU's memory the norm is computed, and where to: arrays as `norm_workspace_bytes` says and of a
+    // NormOutcome.
+    void place_norm(const py::object& workspace, const py::object& outcome, GradientOptions& options) {
+        const std::lock_guard<Optimizer> lock(*this);
+        call_.clear();
+        const ArrayName name{"the norm's workspace"};
+        options.norm_workspace = reinterpret_cast<double*>(view_array(workspace, name, call_.gpu_arrays).data);
+        options.norm_outcome = reinterpret_cast<NormOutcome*>(view_array(outcome, name, call_.gpu_arrays).data);
     }
 
     std::vector<int64_t> steps() {
@@ -284,7 +302,7 @@ private:
                 values.push_back(py::reinterpret_borrow<py::object>(value));
         }
 
-        bool is(PyObject * other_key, PyObject * other_entry) const {
+        bool is(PyObject* other_key, PyObject* other_entry) const {
             if (other_key != key.ptr() || other_entry != entry.ptr()) return false;
             size_t i = 0;
             Py_ssize_t place = 0;
@@ -446,13 +464,14 @@ private:
         return outcome;
     }
 
-    void refuse_on_gpu(const GradientOptions& options) {
+    // Whether a GPU has skipped a step is known there alone, and so is the number of the next.
+    void check_skipping() {
         const std::lock_guard<Optimizer> lock(*this);
-        const char* const given = options.first_given();
-        if (given != nullptr && !parameters_.empty() && parameters_.front().view.device != ArrayView::host) {
-            throw py::value_error(
-                std::string(given) +
-                ": not supported for arrays on a GPU yet; leave it out, and do it with the arrays' own library");
+        for (const Group<Hyper>& group : groups_) {
+            if (group.state == nullptr && parameters_[group.first].view.device != ArrayView::host)
+                throw py::value_error(
+                    "skip_nonfinite: on a GPU, which alone knows whether a step was skipped, the steps have to be "
+                    "counted there as well; make the optimizer with capturable=True");
         }
     }
 
@@ -461,10 +480,16 @@ private:
         if (group_state.is_none()) return nullptr;
         const ArrayView view = view_array(group_state, {"the group's state"}, call_.gpu_arrays);
         auto* const state = reinterpret_cast<GroupState<Hyper>*>(view.data);
+        const GpuBackend& gpu = call_.gpu_arrays.backend();
         for (size_t i = first; i < parameters_.size(); ++i) {
-            const Parameter& parameter = parameters_[i];
-            call_.gpu_arrays.backend().load(parameter.rule, parameter.view.dtype, view.device);
+            Parameter& parameter = parameters_[i];
+            const DType compute = compute_type(parameter.view.dtype);
+            gpu.load(parameter.rule, compute, false, view.device);
+            // A gradient may be narrow where its parameter is not.
+            if (compute == DType::float32) gpu.load(parameter.rule, compute, true, view.device);
+            parameter.storage.random_on_gpu = &state->random;
         }
+        gpu.load_norm(view.device);
         return state;
     }
 
@@ -475,7 +500,7 @@ private:
     }
 
     void add_group_on_gpu(const Group<Hyper>& group, const Preparation& prepared, size_t g) {
-        GroupOnGpu<Hyper> on_gpu{group.state, nullptr, DType::float64, prepared.hypers[g]};
+        GroupOnGpu<Hyper> on_gpu{group.state, nullptr, DType::float64, prepared.hypers[g], seed_, nullptr};
         if (prepared.sources[g].lr_on_gpu) {
             const std::string& prefix = prepared.sources[g].prefix;
             const py::object lr = prepared.dicts[g][keys().lr];
@@ -669,17 +694,24 @@ void step(py::handle self, py::handle param_groups, py::handle grads, py::handle
     native_of<Optimizer<Hyper>>(self).step(param_groups, grads, options, nested.ptr() == Py_True);
 }
 
-// Returns the norm, or None, and whether the step was skipped.
+// Returns the norm, or None, and whether the step was skipped; None where a GPU will know. `gpu_norm` is None or what
+// place_norm takes.
 template <class Hyper>
 py::object step_with_options(py::handle self, py::handle param_groups, py::handle grads, py::handle grad_scale,
-                             py::handle clip_norm, py::handle skip_nonfinite, py::handle zero_grad, py::handle nested) {
+                             py::handle clip_norm, py::handle skip_nonfinite, py::handle zero_grad, py::handle nested,
+                             py::handle gpu_norm) {
+    Optimizer<Hyper>& optimizer = native_of<Optimizer<Hyper>>(self);
     GradientOptions options;
     options.grad_scale = read_number(grad_scale, "grad_scale", {});
     if (!clip_norm.is_none()) options.clip_norm = read_clip_norm(clip_norm);
     options.skip_nonfinite = read_flag(skip_nonfinite, "skip_nonfinite", {});
     options.zero_grad = read_flag(zero_grad, "zero_grad", {});
-    const StepOutcome outcome =
-        native_of<Optimizer<Hyper>>(self).step(param_groups, grads, options, nested.ptr() == Py_True);
+    if (options.needs_norm() && !gpu_norm.is_none()) {
+        const auto arrays = py::reinterpret_borrow<py::tuple>(gpu_norm);
+        optimizer.place_norm(arrays[0], arrays[1], options);
+    }
+    const StepOutcome outcome = optimizer.step(param_groups, grads, options, nested.ptr() == Py_True);
+    if (outcome.on_gpu) return py::none();
     return py::make_tuple(outcome.grad_norm, outcome.skipped);
 }
 
@@ -693,6 +725,7 @@ void bind_family(py::module_& module, const char* name) {
         .def("watch_tensors", &Native::watch_tensors)
         .def("step_tensors", &Native::step_tensors)
         .def_readonly_static("group_state_bytes", &Native::group_state_bytes)
+        .def_property_readonly("norm_workspace_bytes", &Native::norm_workspace_bytes)
         .def_property("steps", &Native::steps, &Native::set_steps);
     def_fast_method<&step<Hyper>>(native, "step");
     def_fast_method<&step_with_options<Hyper>>(native, "step_with_options");

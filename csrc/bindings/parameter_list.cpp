@@ -138,7 +138,8 @@ Tensor ParameterList::checked_tensor(int64_t i, py::handle object) {
                                       !(parameter.f_contiguous && gradient.f_contiguous()))) {
         const ParameterViews views = views_of(parameter, gradient);
         tensor = bind(parameter.rule, views, {"", -1, &parameter.suffix}, call_.stores);
-        if (tensor.storage != nullptr) call_.stores.set_random(random_stream(seed_, steps_[i] + 1));
+        if (tensor.storage != nullptr)
+            call_.stores.set_random(random_stream(seed_, steps_[i] + 1), parameter.storage.random_on_gpu);
     }
     check_gradient_memory(watches_[i], gradient, name);
     return tensor;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../core/job.hpp"
+#include "../core/norm_job.hpp"
 #include "../cpu/dispatch.hpp"
 #include "../cpu/float_environment.hpp"
 #include "../cpu/norm.hpp"
@@ -29,18 +30,18 @@ struct GradientOptions {
     bool skip_nonfinite = false;
     bool zero_grad = false;
 
+    // Of arrays on a GPU: where in its memory the norm is computed, and where to.
+    double* norm_workspace = nullptr;
+    NormOutcome* norm_outcome = nullptr;
+
     bool needs_norm() const { return clip_norm.has_value() || skip_nonfinite; }
-    const char* first_given() const {
-        return clip_norm.has_value() ? "clip_norm"
-               : skip_nonfinite      ? "skip_nonfinite"
-               : zero_grad           ? "zero_grad"
-                                     : nullptr;
-    }
+    NormOptions norm_options() const { return {grad_scale, clip_norm.value_or(0), skip_nonfinite}; }
 };
 
 struct StepOutcome {
     std::optional<double> grad_norm;
     bool skipped = false;
+    bool on_gpu = false;  // it is there that they will be known
 };
 
 // Keeps its memory from call to call, so that a step allocates nothing once it has been taken before.
@@ -70,6 +71,7 @@ public:
             for (Work& work : row) {
                 work.tensors.clear();
                 work.ends.clear();
+                work.any_stored = false;
             }
         }
     }
@@ -97,14 +99,15 @@ public:
     Tensor& add(int rule, DType dtype, const Tensor& tensor) {
         Work& work = work_[rule][static_cast<int>(dtype)];
         work.ends.push_back((work.ends.empty() ? 0 : work.ends.back()) + tensor.size);
+        work.any_stored = work.any_stored || tensor.storage != nullptr;
         return work.tensors.emplace_back(tensor);
     }
 
     // The settings it needs are read first: if the environment names nonsense, nothing has been written.
     StepOutcome run(const GradientOptions& options = {}) {
         if (placement.device() >= 0) {
-            run_on_gpu();
-            return {};
+            run_on_gpu(options);
+            return {{}, false, options.needs_norm()};
         }
         cpu::chosen_isa();
         cpu::num_threads();
@@ -119,6 +122,7 @@ private:
     struct Work {
         std::vector<Tensor> tensors;
         std::vector<int64_t> ends;
+        bool any_stored = false;
     };
 
     struct Known {
@@ -144,7 +148,7 @@ private:
                 const Work& work = work_[rule][dtype];
                 if (work.tensors.empty()) continue;
                 visit(Job{rule, static_cast<DType>(dtype), work.tensors.data(), work.ends.data(),
-                          static_cast<int64_t>(work.tensors.size()), false});
+                          static_cast<int64_t>(work.tensors.size()), false, work.any_stored});
             }
         }
     }
@@ -155,20 +159,37 @@ private:
         groups<AdamHyper>().clear();
     }
 
-    [[gnu::noinline]] void run_on_gpu() const {
+    [[gnu::noinline]] void run_on_gpu(const GradientOptions& options) {
         // A launch can wait for room in the GPU's queue.
         const py::gil_scoped_release release;
         const GpuBackend& gpu = gpu_arrays.backend();
         const int device = placement.device();
         void* const stream = gpu_arrays.stream();
         // All of them before the first launch: if one cannot be loaded, for want of memory say, nothing has been done.
-        for_each_job([&](const Job& job) { gpu.load(job.rule, job.dtype, device); });
-        const auto& [gd_groups, adam_groups] = groups_;
-        for (const auto& group : gd_groups) gpu.begin_gd_step(group, device, stream);
-        for (const auto& group : adam_groups) gpu.begin_adam_step(group, device, stream);
+        for_each_job([&](const Job& job) { gpu.load(job.rule, job.dtype, job.any_stored, device); });
+        const NormOutcome* const norm = options.needs_norm() ? options.norm_outcome : nullptr;
+        if (norm != nullptr) {
+            gpu.load_norm(device);
+            gradients_.clear();
+            for_each_gradient([&](const Tensor& tensor, DType dtype) { gradients_.push_back({&tensor, dtype}); });
+            gpu.norm({gradients_.data(), static_cast<int64_t>(gradients_.size()), options.norm_workspace,
+                      options.norm_outcome, options.norm_options()},
+                     device, stream);
+        }
+        const auto begin_steps = [&](auto& groups, auto begin_step) {
+            for (auto& group : groups) {
+                group.norm = norm;
+                begin_step(group, device, stream);
+            }
+        };
+        auto& [gd_groups, adam_groups] = groups_;
+        begin_steps(gd_groups, gpu.begin_gd_step);
+        begin_steps(adam_groups, gpu.begin_adam_step);
         const bool scalars_on_gpu = !gd_groups.empty() || !adam_groups.empty();
         for_each_job([&](Job job) {
             job.scalars_on_gpu = scalars_on_gpu;
+            job.zero_grad = options.zero_grad;
+            job.norm = norm;
             gpu.launch(job, device, stream);
         });
     }
@@ -195,23 +216,22 @@ private:
     // Takes the norm, and decides with it.
     void apply_norm(const GradientOptions& options, StepOutcome& outcome) {
         const cpu::FloatEnvironment ieee;
-        const double norm = options.grad_scale * std::sqrt(sum_of_squares());
-        outcome.grad_norm = norm;
-        outcome.skipped = options.skip_nonfinite && !std::isfinite(norm);
-        if (outcome.skipped || !options.clip_norm.has_value()) return;
-        // As torch.nn.utils.clip_grad_norm_ has it; a NaN stays one.
-        const double coefficient = *options.clip_norm / (norm + 1e-6);
-        set_grad_scale(options.grad_scale * (coefficient > 1 ? 1 : coefficient));
+        norm_.clear();
+        for_each_gradient([&](const Tensor& tensor, DType dtype) { norm_.add(tensor, dtype); });
+        const NormOutcome norm = outcome_of(norm_.sum_of_squares(), options.norm_options());
+        outcome.grad_norm = norm.norm;
+        outcome.skipped = norm.skipped;
+        if (options.clip_norm.has_value()) set_grad_scale(norm.grad_scale);
     }
 
-    double sum_of_squares() {
-        norm_.clear();
+    // In the order in which the norm is summed.
+    template <class Visit>
+    void for_each_gradient(Visit visit) const {
         size_t next[Rules::count][dtype_count] = {};
         for (const Kind& kind : order) {
             const int dtype = static_cast<int>(kind.dtype);
-            norm_.add(work_[kind.rule][dtype].tensors[next[kind.rule][dtype]++], kind.dtype);
+            visit(work_[kind.rule][dtype].tensors[next[kind.rule][dtype]++], kind.dtype);
         }
-        return norm_.sum_of_squares();
     }
 
     // In all scalars of the call, whose signs say which way to go.
@@ -232,6 +252,7 @@ private:
     std::deque<AnyScalars> scalars_;
     size_t scalars_used_ = 0;
     cpu::GradientNorm norm_;
+    std::vector<NormJob::Gradient> gradients_;  // of a norm on a GPU
 };
 
 }  // namespace fusedstep

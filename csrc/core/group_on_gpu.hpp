@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../rules/hyper.hpp"
+#include "clipping.hpp"
 #include "dtype.hpp"
 
 namespace fusedstep {
@@ -26,6 +27,7 @@ struct GroupState {
     int64_t step;
     typename ScalarsOf<Hyper, float>::Type float32;
     typename ScalarsOf<Hyper, double>::Type float64;
+    uint64_t random;  // the stream of the step's random bits
 };
 
 // What one step needs to know of a group.
@@ -35,6 +37,8 @@ struct GroupOnGpu {
     const void* lr;  // in the GPU's memory; null: hyper.lr
     DType lr_dtype;
     Hyper hyper;
+    uint64_t seed;
+    const NormOutcome* norm;  // in the GPU's memory: whether there is a step; null: there is
 };
 
 }  // namespace fusedstep

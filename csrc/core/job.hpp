@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../rules/table.hpp"
+#include "clipping.hpp"
 #include "dtype.hpp"
 #include "format.hpp"
 #include "stream.hpp"
@@ -27,7 +28,8 @@ struct StridedLayout {
 struct Storage {
     std::array<Format, max_streams> formats{};
     std::array<void*, max_streams> extras{};  // what a format keeps beside the stream
-    uint64_t random = 0;                      // the stream of this step's random bits
+    uint64_t random = 0;                      // the stream of this step's random bits ...
+    const uint64_t* random_on_gpu = nullptr;  // ... or where in the GPU's memory it is
 };
 
 struct Tensor {
@@ -46,8 +48,11 @@ struct Job {
     const Tensor* tensors;
     const int64_t* ends;
     int64_t count;
-    bool scalars_on_gpu;     // the tensors' scalars are in the GPU's memory
-    bool zero_grad = false;  // the gradients are set to zero once they have been read
+    bool scalars_on_gpu;      // the tensors' scalars are in the GPU's memory
+    bool any_stored = false;  // some tensors have a storage
+    bool zero_grad = false;   // the gradients are set to zero once they have been read
+    // In the GPU's memory, what the norm has led to: the gradients' scale, and whether there is a step. Null: no norm.
+    const NormOutcome* norm = nullptr;
 
     int64_t elements() const { return count == 0 ? 0 : ends[count - 1]; }
 

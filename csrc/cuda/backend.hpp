@@ -3,6 +3,7 @@
 
 #include "../core/group_on_gpu.hpp"
 #include "../core/job.hpp"
+#include "../core/norm_job.hpp"
 
 namespace fusedstep {
 
@@ -19,9 +20,13 @@ struct GpuBackend {
     void (*begin_gd_step)(const GroupOnGpu<GdHyper>& group, int device, void* stream);
     void (*begin_adam_step)(const GroupOnGpu<AdamHyper>& group, int device, void* stream);
 
-    // Loads the kernels of a rule and type if they are not there yet: their first launch would, but may not while a
-    // stream is captured, and may fail.
-    void (*load)(int rule, DType dtype, int device);
+    // Computes the norm of a call's gradients, and what follows from it.
+    void (*norm)(const NormJob& job, int device, void* stream);
+
+    // Loads the kernels of a rule and type if they are not there yet, with those for tensors that have a storage or
+    // without: their first launch would, but may not while a stream is captured, and may fail.
+    void (*load)(int rule, DType dtype, bool stored, int device);
+    void (*load_norm)(int device);
 
     // The GPU whose memory a pointer points to, or -1.
     int (*device_of)(const void* pointer);

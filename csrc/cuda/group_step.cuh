@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../core/group_on_gpu.hpp"
+#include "../formats/random.hpp"
 #include "../rules/power.hpp"
 
 namespace fusedstep::cuda {
@@ -25,12 +26,14 @@ FUSEDSTEP_INLINE void compute_scalars(const AdamHyper& hyper, GroupState<AdamHyp
 
 template <class Hyper>
 FUSEDSTEP_INLINE void begin_step(const GroupOnGpu<Hyper>& group) {
+    if (group.norm != nullptr && group.norm->skipped) return;
     Hyper hyper = group.hyper;
     if (group.lr != nullptr) {
         hyper.lr = group.lr_dtype == DType::float32 ? *static_cast<const float*>(group.lr)
                                                     : *static_cast<const double*>(group.lr);
     }
     ++group.state->step;
+    group.state->random = random_stream(group.seed, group.state->step);
     compute_scalars(hyper, *group.state);
 }
 

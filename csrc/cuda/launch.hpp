@@ -4,6 +4,7 @@
 
 #include "../core/group_on_gpu.hpp"
 #include "../core/job.hpp"
+#include "../core/norm_job.hpp"
 
 namespace fusedstep::cuda {
 
@@ -15,8 +16,12 @@ void launch(const Job& job, int device, void* stream);
 void begin_gd_step(const GroupOnGpu<GdHyper>& group, int device, void* stream);
 void begin_adam_step(const GroupOnGpu<AdamHyper>& group, int device, void* stream);
 
-// Loads all kernels of a rule and type onto a device.
-void load(int rule, DType dtype, int device);
+// Queues the norm of a call's gradients, which the steps and jobs that have its outcome must follow.
+void launch_norm(const NormJob& job, int device, void* stream);
+
+// Loads all kernels of a rule and type onto a device; those for tensors with a storage where asked for.
+void load(int rule, DType dtype, bool stored, int device);
+void load_norm(int device);
 
 // The device whose memory a pointer points to, or -1.
 int device_of(const void* pointer);

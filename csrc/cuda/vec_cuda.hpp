@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #include "../rules/inline.hpp"
 
@@ -18,9 +20,35 @@ struct Vec;
 #define FUSEDSTEP_ROUNDED(device, host) host
 #endif
 
+// One lane of integers, for the storage formats; `if_greater(a, b, yes, no)` compares them as signed ones.
+struct U32 {
+    uint32_t x;
+
+    FUSEDSTEP_INLINE explicit U32(uint32_t value = 0) : x(value) {}
+
+    FUSEDSTEP_INLINE friend U32 operator+(U32 a, U32 b) { return U32(a.x + b.x); }
+    FUSEDSTEP_INLINE friend U32 operator-(U32 a, U32 b) { return U32(a.x - b.x); }
+    FUSEDSTEP_INLINE friend U32 operator*(U32 a, U32 b) { return U32(a.x * b.x); }
+    FUSEDSTEP_INLINE friend U32 operator&(U32 a, U32 b) { return U32(a.x & b.x); }
+    FUSEDSTEP_INLINE friend U32 operator|(U32 a, U32 b) { return U32(a.x | b.x); }
+    FUSEDSTEP_INLINE friend U32 operator^(U32 a, U32 b) { return U32(a.x ^ b.x); }
+    FUSEDSTEP_INLINE friend U32 operator<<(U32 a, int n) { return U32(a.x << n); }
+    FUSEDSTEP_INLINE friend U32 operator>>(U32 a, int n) { return U32(a.x >> n); }
+    FUSEDSTEP_INLINE friend U32 max(U32 a, U32 b) { return U32(a.x > b.x ? a.x : b.x); }
+    FUSEDSTEP_INLINE friend U32 min(U32 a, U32 b) { return U32(a.x < b.x ? a.x : b.x); }
+    FUSEDSTEP_INLINE friend U32 if_greater(U32 a, U32 b, U32 yes, U32 no) {
+        return static_cast<int32_t>(a.x) > static_cast<int32_t>(b.x) ? yes : no;
+    }
+    FUSEDSTEP_INLINE friend U32 absolute(U32 a) { return U32(static_cast<int32_t>(a.x) < 0 ? 0u - a.x : a.x); }
+    FUSEDSTEP_INLINE friend U32 with_sign(U32 a, U32 of) {
+        return U32(static_cast<int32_t>(of.x) < 0 ? 0u - a.x : a.x);
+    }
+};
+
 template <>
 struct Vec<float> {
     using Element = float;
+    using Bits = U32;
 
     float x;
 
@@ -73,5 +101,16 @@ struct Vec<double> {
 };
 
 #undef FUSEDSTEP_ROUNDED
+
+template <class To, class From>
+FUSEDSTEP_INLINE To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+FUSEDSTEP_INLINE U32 bits_of(Vec<float> value) { return U32(bit_cast<uint32_t>(value.x)); }
+FUSEDSTEP_INLINE Vec<float> from_bits(U32 bits) { return Vec<float>(bit_cast<float>(bits.x)); }
 
 }  // namespace fusedstep::cuda

@@ -3,7 +3,8 @@
 from ._core import __version__, available_isas, get_isa, set_isa
 from .functional import adam_step, adamw_step, gd_step
 from .loss_scaler import LossScaler
-from .optim import GD, SGD, Adam, AdamW, Optimizer, StepInfo
+from .optim import GD, SGD, Adam, AdamW, Optimizer
+from .step_info import StepInfo
 from .threads import get_num_threads, num_threads, set_num_threads
 
 __all__ = [

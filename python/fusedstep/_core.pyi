@@ -41,6 +41,7 @@ def adam_step(
 
 class _Optimizer:
     group_state_bytes: ClassVar[int]
+    norm_workspace_bytes: int
     steps: list[int]
     def __init__(self, decoupled: bool = False, seed: int = 0) -> None: ...
     def add_group(
@@ -70,8 +71,9 @@ class _Optimizer:
         skip_nonfinite: object,
         zero_grad: object,
         nested: bool,
+        gpu_norm: tuple[Any, Any] | None,
         /,
-    ) -> tuple[float | None, bool]: ...
+    ) -> tuple[float | None, bool] | None: ...
     def watch_tensors(
         self,
         groups: list[tuple[int, list[tuple[Any, int]]]],

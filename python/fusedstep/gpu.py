@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .dtypes import bfloat16
+from .step_info import StepInfo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,11 +38,13 @@ def is_gpu_array(value: Any) -> bool:
 
 def dtype_of(array: Any) -> np.dtype[Any]:
     """Return an array's dtype as NumPy has it."""
-    if is_on_host(array):
-        return array.dtype  # type: ignore[no-any-return]
-    if not hasattr(array, "dtype"):
+    dtype = getattr(array, "dtype", None)
+    if dtype is None:
         raise _unknown_library(array)
-    return np.dtype(str(array.dtype).removeprefix("torch."))
+    if isinstance(dtype, np.dtype):
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    return bfloat16() if name == "bfloat16" else np.dtype(name)
 
 
 def strides_of(array: Any) -> tuple[int, ...]:
@@ -47,34 +53,40 @@ def strides_of(array: Any) -> tuple[int, ...]:
     return strides
 
 
-def zeros_like(param: Any) -> Any:
+def zeros_like(param: Any, dtype: np.dtype[Any]) -> Any:
     """Return zeros in the parameter's layout, on its GPU."""
     name, library = _library(param)
     if name == "cupy":
         with param.device:
-            return library.zeros_like(param)
+            return library.zeros_like(param, dtype=dtype)
     if name == "torch":
-        return library.zeros_like(param, requires_grad=False)
+        return library.zeros_like(param, dtype=getattr(library, dtype.name), requires_grad=False)
     raise _unknown_library(param)
 
 
-def zero_integers(count: int, param: Any) -> Any:
-    """Return a vector of int64 zeros on the GPU of a parameter."""
+def zeros(count: int, dtype: np.dtype[Any], param: Any) -> Any:
+    """Return a vector of zeros on the GPU of a parameter."""
     name, library = _library(param)
     if name == "cupy":
         with param.device:
-            return library.zeros(count, "int64")
-    return library.zeros(count, dtype=library.int64, device=param.device)
+            return library.zeros(count, dtype)
+    if name == "torch":
+        return library.zeros(count, dtype=getattr(library, dtype.name), device=param.device)
+    raise _unknown_library(param)
 
 
 def to_host(array: Any) -> NDArray[Any]:
     """Return a GPU array's copy in host memory, once the work queued before is done."""
-    name, _ = _library(array)
+    name, library = _library(array)
     if name == "cupy":
         copy: NDArray[Any] = array.get()
         return copy
     if name == "torch":
-        array = array.detach().cpu().numpy()
+        array = array.detach()
+        if array.dtype is library.bfloat16:  # NumPy takes it for no type of its own
+            bits: NDArray[Any] = array.view(library.int16).cpu().numpy()
+            return bits.view(bfloat16())
+        array = array.cpu().numpy()
     return np.asarray(array)
 
 
@@ -87,8 +99,91 @@ def from_host(target: Any, values: NDArray[Any]) -> None:
     """Copy a host array, or one number for all elements, into a GPU array."""
     name, library = _library(target)
     values = np.broadcast_to(values, target.shape)
+    if dtype_of(target).name == "bfloat16":
+        target, values = _bits(target), values.view(np.int16)
     if name == "cupy":
         with target.device:
             target[...] = library.asarray(values)
     else:
         target.copy_(library.from_numpy(np.ascontiguousarray(values)))
+
+
+def copy_as_float32(target: Any, array: Any) -> None:
+    """Copy a bfloat16 or float16 array on a GPU into a float32 array there."""
+    if _library(array)[0] == "torch":
+        target.copy_(array.detach())
+        return
+    with target.device:
+        if dtype_of(array).name == "bfloat16":
+            # Its bits are the upper half of a float32's; not every CuPy can convert them.
+            bits = array.view(np.uint16).astype(np.uint32) << 16
+            target.view(np.uint32)[...] = bits
+        else:
+            target[...] = array.astype(np.float32)
+
+
+def _bits(array: Any) -> Any:
+    """Return a 16-bit array's memory as int16."""
+    name, library = _library(array)
+    return array.view(np.int16 if name == "cupy" else library.int16)
+
+
+class Norm:
+    """Where on a GPU the norm of an optimizer's gradients is computed.
+
+    What became of it stays there until it is read.
+
+    Parameters
+    ----------
+    workspace_bytes : int
+        What the native optimizer needs.
+    param : GPU array
+        On whose GPU the memory is to be.
+    """
+
+    def __init__(self, workspace_bytes: int, param: Any) -> None:
+        self._param = param
+        self._workspace = self._integers(-(-workspace_bytes // 8))
+        # One for the step that is being taken, one for the last, which may not have been read yet.
+        self._outcomes = [_Outcome(self._integers(3)) for _ in range(2)]
+        self._next = self._outcomes[0]
+
+    def _integers(self, count: int) -> Any:
+        return zeros(count, np.dtype(np.int64), self._param)
+
+    def memory(self) -> tuple[Any, Any]:
+        """Return the workspace, and where the outcome of the next step goes."""
+        for outcome in self._outcomes:
+            if outcome.is_free():
+                self._next = outcome
+                break
+        else:
+            self._next = _Outcome(self._integers(3))
+            self._outcomes.append(self._next)
+        return self._workspace, self._next.array
+
+    def info(self) -> StepInfo:
+        """Return what the step reports that `memory` was for."""
+        return self._next.info()
+
+
+class _Outcome:
+    """The native NormOutcome of one step: two float64 and a bool, in a vector of three int64."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self._reader: weakref.ref[StepInfo] | None = None
+
+    def is_free(self) -> bool:
+        """Whether nobody can read it any more."""
+        info = None if self._reader is None else self._reader()
+        return info is None or info.is_known
+
+    def info(self) -> StepInfo:
+        info = StepInfo.later(self._read)
+        self._reader = weakref.ref(info)
+        return info
+
+    def _read(self) -> tuple[float, bool]:
+        host = to_host(self.array)
+        return float(host.view(np.float64)[0]), bool(host.view(np.bool_)[16])

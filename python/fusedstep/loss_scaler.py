@@ -7,7 +7,8 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .optim import Optimizer, StepInfo
+    from .optim import Optimizer
+    from .step_info import StepInfo
 
 # The scale and its reciprocal are numbers of float32, neither 0 nor denormal.
 SMALLEST, LARGEST = 2.0**-126, 2.0**126

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _core, gpu
+from .dtypes import bfloat16 as bfloat16
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,17 +86,15 @@ class Storage:
         extras: list[Any] = [None, None]
         for key in state_keys:
             wanted = self._dtype(key)
-            if wanted not in (None, "float32") and (
-                dtype == np.float64 or not gpu.is_on_host(param)
-            ):
+            if wanted not in (None, "float32") and dtype == np.float64:
                 raise TypeError(
-                    f"state_dtype: {wanted!r} is for float32, bfloat16 and float16 parameters in "
-                    f"host memory, but params{suffix} is {param.dtype}"
-                    + ("" if gpu.is_on_host(param) else " on a GPU")
+                    f"state_dtype: {wanted!r} is for float32, bfloat16 and float16 parameters, "
+                    f"but params{suffix} is float64"
                 )
             if wanted == "8bit":
-                arrays[key] = new_array((param.size,), code_dtype(key))
-                arrays[key + UNITS] = new_array((-(-param.size // BLOCK),), np.dtype(np.float32))
+                size = math.prod(param.shape)
+                arrays[key] = zeros(size, code_dtype(key), param)
+                arrays[key + UNITS] = zeros(-(-size // BLOCK), np.dtype(np.float32), param)
                 extras.append(arrays[key + UNITS])
                 continue
             extras.append(None)
@@ -104,8 +103,10 @@ class Storage:
         if beside is not None:
             name, beside_dtype = beside
             arrays[name] = extras[0] = zeros_like(param, np.dtype(beside_dtype))
-            if name == "master":
+            if name == "master" and gpu.is_on_host(param):
                 arrays[name][...] = param
+            elif name == "master":
+                gpu.copy_as_float32(arrays[name], param)
         return arrays, extras
 
     def state_dtypes(self, param: Array, state_keys: tuple[str, ...]) -> dict[str, np.dtype[Any]]:
@@ -174,7 +175,8 @@ def converted(
     if key + UNITS in own and moment and _is_moment_dtype(saved.dtype):
         if key.endswith("_sq") and (saved < 0).any():
             raise ValueError(f"{where}[{key!r}]: negative, which a second moment never is")
-        codes, own_units = np.empty_like(mine), np.empty_like(own[key + UNITS])
+        codes = np.empty(mine.shape, dtype)
+        own_units = np.empty(own[key + UNITS].shape, np.float32)
         encode(saved, codes, own_units, param)
         return {key: codes, key + UNITS: own_units}
     if moment and _is_moment_dtype(saved.dtype) and _is_moment_dtype(dtype):
@@ -204,21 +206,19 @@ def code_dtype(key: str) -> np.dtype[Any]:
     return np.dtype(np.uint8 if key.endswith("_sq") else np.int8)
 
 
-def bfloat16() -> np.dtype[Any]:
-    try:
-        import ml_dtypes
-    except ImportError as error:
-        raise ImportError("bfloat16 needs ml_dtypes: pip install 'fusedstep[bfloat16]'") from error
-    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-    return dtype
-
-
 def zeros_like(param: Any, dtype: np.dtype[Any]) -> Any:
     """Return zeros in the parameter's layout. On a GPU the parameter's own library allocates."""
     if not gpu.is_on_host(param):
-        return gpu.zeros_like(param)
+        return gpu.zeros_like(param, dtype)
     strides = np.empty_like(param, dtype, order="K", subok=False).strides
     return new_array(param.shape, dtype, strides)
+
+
+def zeros(count: int, dtype: np.dtype[Any], param: Any) -> Any:
+    """Return a vector of zeros where the parameter is."""
+    if gpu.is_on_host(param):
+        return new_array((count,), dtype)
+    return gpu.zeros(count, dtype, param)
 
 
 def new_array(

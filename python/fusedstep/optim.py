@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from . import _core, gpu, narrow
+from .step_info import StepInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,22 +21,6 @@ if TYPE_CHECKING:
     Params = Array | Sequence[Array] | Mapping[str, Array] | Sequence[Mapping[str, Any]]
     Grads = Array | Sequence[Any] | Mapping[str, Array | None]
     Schedule = float | Callable[[int], float]
-
-
-class StepInfo(NamedTuple):
-    """What a step reports.
-
-    Attributes
-    ----------
-    grad_norm : float or None
-        Euclidean norm of the scaled gradients, all of them together, before clipping; None unless
-        `clip_norm` or `skip_nonfinite` asked for it.
-    skipped : bool
-        Whether the step was left out because the norm was not finite.
-    """
-
-    grad_norm: float | None
-    skipped: bool
 
 
 _PLAIN = StepInfo(None, False)
@@ -86,6 +71,8 @@ class Optimizer:
         self._arrays: list[dict[str, Array]] = []
         # Of each group, in its GPU's memory: the step count, then what the kernels keep there.
         self._counters: list[Any] = []
+        # What computes the norm of gradients on a GPU; made when it is first needed.
+        self._norm: gpu.Norm | None = None
         self._native = self._make_native()
         self._grads_by_group = False
 
@@ -174,9 +161,20 @@ class Optimizer:
         self._structures.append(structure)
         self._arrays += arrays
         self._counters.append(counter)
+        self._norm = None
+        if self.capturable:  # a captured step is no time to allocate
+            self._gpu_norm()
 
     def _new_counter(self, param: Any) -> Any:
-        return gpu.zero_integers(-(-self._native.group_state_bytes // 8), param)
+        count = -(-self._native.group_state_bytes // 8)
+        return gpu.zeros(count, np.dtype(np.int64), param)
+
+    def _gpu_norm(self) -> gpu.Norm | None:
+        """Return what computes the norm of the gradients, where that is on a GPU."""
+        param = self.param_groups[0]["params"][0]
+        if self._norm is None and not gpu.is_on_host(param):
+            self._norm = gpu.Norm(self._native.norm_workspace_bytes, param)
+        return self._norm
 
     def step(
         self,
@@ -207,7 +205,8 @@ class Optimizer:
             infinity only its own and the other gradients 0.
         skip_nonfinite : bool
             Leave the step out when the norm is not finite: no parameter, no state and no step count
-            is changed.
+            is changed. On a GPU, which alone knows that, the steps must be counted there as well:
+            that needs an optimizer made with ``capturable=True``.
         zero_grad : bool
             Set the gradients to zero in the same pass over memory, also when the step is skipped.
             They must be writable and share no memory with each other.
@@ -216,7 +215,7 @@ class Optimizer:
         -------
         StepInfo
             The norm, where `clip_norm` or `skip_nonfinite` asked for it, and whether the step was
-            skipped.
+            skipped. On a GPU the step returns without waiting; reading either waits for it.
 
         Raises
         ------
@@ -224,8 +223,8 @@ class Optimizer:
             A gradient is of the wrong kind or dtype.
         ValueError
             A gradient is missing, of another shape or overlaps with what the step writes; a
-            hyper-parameter is out of range; `clip_norm`, `skip_nonfinite` or `zero_grad` was given
-            for arrays on a GPU, which do not have them yet. Whatever the error, nothing was
+            hyper-parameter is out of range; `skip_nonfinite` was given for arrays on a GPU by an
+            optimizer that was not made with ``capturable=True``. Whatever the error, nothing was
             changed.
 
         Notes
@@ -241,6 +240,8 @@ class Optimizer:
         if clip_norm is None and skip_nonfinite is False and zero_grad is False:
             self._native.step(self.param_groups, grads, grad_scale, self._grads_by_group)
             return _PLAIN
+        needs_norm = clip_norm is not None or skip_nonfinite is not False
+        norm = self._gpu_norm() if needs_norm else None
         info = self._native.step_with_options(
             self.param_groups,
             grads,
@@ -249,7 +250,10 @@ class Optimizer:
             skip_nonfinite,
             zero_grad,
             self._grads_by_group,
+            None if norm is None else norm.memory(),
         )
+        if info is None and norm is not None:
+            return norm.info()
         return StepInfo(*info)
 
     @property

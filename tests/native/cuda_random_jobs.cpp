@@ -14,56 +14,10 @@
 
 #include "../../csrc/cpu/kernels.hpp"
 #include "../../csrc/cuda/step_kernel.cuh"
+#include "random_numbers.hpp"
 
 namespace fusedstep {
 namespace {
-
-using Random = std::mt19937_64;
-
-int64_t below(Random& random, int64_t end) { return static_cast<int64_t>(random() % static_cast<uint64_t>(end)); }
-
-double between(Random& random, double low, double high) {
-    return low + (high - low) * static_cast<double>(random() >> 11) * 0x1p-53;
-}
-
-// Half of them ordinary, half of any magnitude down to the denormals.
-template <class T>
-T number(Random& random) {
-    using Limits = std::numeric_limits<T>;
-    const int least = below(random, 2) ? -8 : Limits::min_exponent - Limits::digits;
-    return static_cast<T>(std::ldexp(between(random, -1, 1), least + static_cast<int>(below(random, 32 - least))));
-}
-
-template <class T>
-T special(Random& random) {
-    constexpr T specials[] = {T(0), -T(0), std::numeric_limits<T>::infinity(), std::numeric_limits<T>::quiet_NaN()};
-    return specials[below(random, 4)];
-}
-
-template <class T>
-void randomise(GdScalars<T>& s, Random& random) {
-    s.grad_scale = static_cast<T>(below(random, 2) ? -1 : between(random, 0, 2));
-    s.weight_decay = static_cast<T>(below(random, 2) ? 0 : between(random, 0, 0.1));
-    s.momentum = static_cast<T>(between(random, 0, 1));
-    s.one_minus_dampening = static_cast<T>(between(random, 0, 1));
-    s.neg_lr = static_cast<T>(between(random, -1, 0));
-    s.nesterov = below(random, 2);
-    s.first = below(random, 2);
-}
-
-template <class T>
-void randomise(AdamScalars<T>& s, Random& random) {
-    s.grad_scale = static_cast<T>(below(random, 2) ? -1 : between(random, 0, 2));
-    s.weight_decay = static_cast<T>(below(random, 2) ? 0 : between(random, 0, 0.1));
-    s.param_decay = static_cast<T>(below(random, 2) ? 1 : between(random, 0.9, 1));
-    s.moment_from_gradient = below(random, 2);
-    s.moment_weight = static_cast<T>(s.moment_from_gradient ? between(random, -0.5, 0) : between(random, 0, 0.5));
-    s.beta2 = static_cast<T>(between(random, 0, 1));
-    s.one_minus_beta2 = static_cast<T>(between(random, 0, 1));
-    s.inv_sqrt_correction = static_cast<T>(between(random, 1, 40));
-    s.eps = static_cast<T>(below(random, 2) ? 0 : between(random, 0, 1e-6));
-    s.neg_step_size = static_cast<T>(between(random, -1, 0));
-}
 
 struct Seen {
     int64_t jobs = 0, tensors = 0, elements = 0, tables = 0, small_tables = 0, split_jobs = 0;
@@ -182,7 +136,7 @@ private:
             const uint32_t blocks = std::min(table.chunks, most_blocks);
             for (uint32_t block = 0; block < blocks; ++block) {
                 for (int thread = 0; thread < threads; ++thread)
-                    cuda::step_table<Rule, T, cuda::Dense>(table, {block, blocks, thread, threads});
+                    cuda::step_table<Rule, T, cuda::Dense>(table, {block, blocks, thread, threads}, cuda::Alone{});
             }
         });
     }
@@ -241,7 +195,7 @@ bool last_chunk_of_a_huge_tensor(int64_t offset, bool alike) {
             alike ? reinterpret_cast<uintptr_t>(tensors[0].streams[0]) % cuda::pack_bytes / sizeof(T) : 0;
         begin = int64_t{table.chunks - 1} * cuda::chunk_elements<T> - lead;
         for (int thread = 0; thread < 256; ++thread)
-            cuda::step_table<Gd, T, cuda::Dense>(table, {table.chunks - 1, table.chunks, thread, 256});
+            cuda::step_table<Gd, T, cuda::Dense>(table, {table.chunks - 1, table.chunks, thread, 256}, cuda::Alone{});
     });
     scalar::kernels.step[rule_index<Gd>][sizeof(T) == 8](tensors[1].streams.data(), begin, size - begin, &scalars);
     bool same = begin > 0 && begin < size;
@@ -300,7 +254,8 @@ bool tensors_far_apart(Random& random) {
     scalar::kernels.step[rule_index<Adam>][static_cast<int>(dtype)](streams, 0, count * size, &scalars);
     const Job job{rule_index<Adam>, dtype, tensors.data(), ends.data(), count, false};
     cuda::for_each_table<Adam, T, cuda::Dense>(job, [](const auto& table) {
-        for (int thread = 0; thread < 32; ++thread) cuda::step_table<Adam, T, cuda::Dense>(table, {0, 1, thread, 32});
+        for (int thread = 0; thread < 32; ++thread)
+            cuda::step_table<Adam, T, cuda::Dense>(table, {0, 1, thread, 32}, cuda::Alone{});
     });
     std::sort(tensors.begin(), tensors.end(),
               [](const Tensor& a, const Tensor& b) { return a.streams[0] < b.streams[0]; });

@@ -3,7 +3,7 @@
 Nothing here is imported by ``import fusedstep``, and no engine before it is used.
 """
 
-from ..optim import StepInfo
+from ..step_info import StepInfo
 from .checkpoint import Loaded
 from .engine import Engine, LocalEngine, Request
 from .mpi import MpiEngine

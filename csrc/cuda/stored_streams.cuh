@@ -1,0 +1,218 @@
+// How a thread reads and writes the streams of a tensor that are not in the type that the rule computes in: the
+// formats' own code, chosen when the kernel runs, or when it is compiled.
+#pragma once
+
+#include "../core/format.hpp"
+#include "../formats/bfloat16.hpp"
+#include "../formats/eight_bit.hpp"
+#include "../formats/float16.hpp"
+#include "../formats/native.hpp"
+#include "../formats/random.hpp"
+#include "step_table.hpp"
+#include "unroll.hpp"
+#include "vec_cuda.hpp"
+
+namespace fusedstep::cuda {
+
+template <class T, int lanes>
+struct alignas(sizeof(T) * lanes) Pack {
+    T x[lanes];
+};
+
+// The formats of a tensor's streams, and the bytes of their elements and of what is beside them.
+class AnyFormats {
+public:
+    FUSEDSTEP_INLINE AnyFormats(const StoredStreams& shared, int streams) : shared_(shared), streams_(streams) {}
+    FUSEDSTEP_INLINE Format of(int k) const { return shared_.formats[k]; }
+    FUSEDSTEP_INLINE int item(int k) const { return shared_.items[k]; }
+    FUSEDSTEP_INLINE int extra(int k) const { return shared_.items[streams_ + k]; }
+
+private:
+    const StoredStreams& shared_;
+    const int streams_;
+};
+
+// As constants, which device code may use where it may not call the function.
+template <Format format>
+constexpr FormatLayout layout_as_constant = layout_of(format);
+
+template <Format... formats>
+class FixedFormats {
+public:
+    FUSEDSTEP_INLINE FixedFormats(const StoredStreams&, int) {}
+    FUSEDSTEP_INLINE Format of(int k) const { return static_cast<Format>(at<static_cast<int>(formats)...>(k)); }
+    FUSEDSTEP_INLINE int item(int k) const {
+        return at<(layout_as_constant<formats>.item == 0 ? 4 : layout_as_constant<formats>.item)...>(k);
+    }
+    FUSEDSTEP_INLINE int extra(int k) const {
+        return at<(layout_as_constant<formats>.blockwise ? 4 : layout_as_constant<formats>.extra)...>(k);
+    }
+
+private:
+    template <int... values>
+    FUSEDSTEP_INLINE static int at(int k) {
+        int found = 0, i = 0;
+        ((i++ == k ? void(found = values) : void()), ...);
+        return found;
+    }
+};
+
+template <class Placing>
+struct FormatsOf;
+template <>
+struct FormatsOf<Stored> {
+    using Type = AnyFormats;
+};
+template <Format... formats>
+struct FormatsOf<StoredAs<formats...>> {
+    using Type = FixedFormats<formats...>;
+};
+
+FUSEDSTEP_INLINE bool is_blockwise(Format format) { return format == Format::signed8 || format == Format::unsigned8; }
+FUSEDSTEP_INLINE bool is_random(Format format) { return is_blockwise(format) || format == Format::bfloat16_stochastic; }
+
+// Bits of `lanes` items, or of the first `count` of them. They are read and written at once where the memory's
+// alignment allows that.
+template <class Item, int lanes>
+FUSEDSTEP_INLINE void read_items(const char* from, int count, uint32_t (&bits)[lanes]) {
+    constexpr int at_once = 16 / sizeof(Item) < lanes ? 16 / static_cast<int>(sizeof(Item)) : lanes;
+    using Whole = Pack<Item, at_once>;
+    if (count == lanes && reinterpret_cast<uintptr_t>(from) % sizeof(Whole) == 0) {
+        FUSEDSTEP_UNROLL
+        for (int i = 0; i < lanes; i += at_once) {
+            const Whole whole = *reinterpret_cast<const Whole*>(from + i * sizeof(Item));
+            FUSEDSTEP_UNROLL
+            for (int j = 0; j < at_once; ++j) bits[i + j] = whole.x[j];
+        }
+        return;
+    }
+    FUSEDSTEP_UNROLL
+    for (int i = 0; i < lanes; ++i) bits[i] = i < count ? *reinterpret_cast<const Item*>(from + i * sizeof(Item)) : 0;
+}
+
+template <class Item, int lanes>
+FUSEDSTEP_INLINE void write_items(char* to, int count, const uint32_t (&bits)[lanes]) {
+    constexpr int at_once = 16 / sizeof(Item) < lanes ? 16 / static_cast<int>(sizeof(Item)) : lanes;
+    using Whole = Pack<Item, at_once>;
+    if (count == lanes && reinterpret_cast<uintptr_t>(to) % sizeof(Whole) == 0) {
+        FUSEDSTEP_UNROLL
+        for (int i = 0; i < lanes; i += at_once) {
+            Whole whole;
+            FUSEDSTEP_UNROLL
+            for (int j = 0; j < at_once; ++j) whole.x[j] = static_cast<Item>(bits[i + j]);
+            *reinterpret_cast<Whole*>(to + i * sizeof(Item)) = whole;
+        }
+        return;
+    }
+    FUSEDSTEP_UNROLL
+    for (int i = 0; i < lanes; ++i) {
+        if (i < count) *reinterpret_cast<Item*>(to + i * sizeof(Item)) = static_cast<Item>(bits[i]);
+    }
+}
+
+template <int lanes>
+FUSEDSTEP_INLINE void read_items(int item, const char* from, int count, uint32_t (&bits)[lanes]) {
+    if (item == 4)
+        read_items<uint32_t>(from, count, bits);
+    else if (item == 2)
+        read_items<uint16_t>(from, count, bits);
+    else
+        read_items<uint8_t>(from, count, bits);
+}
+
+template <int lanes>
+FUSEDSTEP_INLINE void write_items(int item, char* to, int count, const uint32_t (&bits)[lanes]) {
+    if (item == 4)
+        write_items<uint32_t>(to, count, bits);
+    else if (item == 2)
+        write_items<uint16_t>(to, count, bits);
+    else
+        write_items<uint8_t>(to, count, bits);
+}
+
+template <class F, int lanes>
+FUSEDSTEP_INLINE void decode_as(const uint32_t (&items)[lanes], const uint32_t (&extras)[lanes],
+                                Vec<float> (&values)[lanes]) {
+    FUSEDSTEP_UNROLL
+    for (int i = 0; i < lanes; ++i) values[i] = F::template decode<Vec<float>>(U32(items[i]), U32(extras[i]));
+}
+
+template <class Moment, int lanes>
+FUSEDSTEP_INLINE void decode_codes(const uint32_t (&codes)[lanes], float unit, Vec<float> (&values)[lanes]) {
+    constexpr bool is_signed = static_cast<typename Moment::Item>(-1) < 0;
+    FUSEDSTEP_UNROLL
+    for (int i = 0; i < lanes; ++i) {
+        const uint32_t code = is_signed ? (codes[i] ^ 0x80u) - 0x80u : codes[i];
+        values[i] = Moment::template decode<Vec<float>>(U32(code), Vec<float>(unit));
+    }
+}
+
+// What the items of stream k stand for: only some formats are for a parameter, for a gradient and for each moment.
+template <int lanes>
+FUSEDSTEP_INLINE void decode(int k, Format format, const uint32_t (&items)[lanes], const uint32_t (&extras)[lanes],
+                             float unit, Vec<float> (&values)[lanes]) {
+    if (format == Format::native) return decode_as<Native>(items, extras, values);
+    if (k < 2 && format == Format::float16) return decode_as<Float16>(items, extras, values);
+    if (k == 0) {
+        if (format == Format::bfloat16_correction16) return decode_as<BFloat16Correction16>(items, extras, values);
+        if (format == Format::bfloat16_correction8) return decode_as<BFloat16Correction8>(items, extras, values);
+        if (format == Format::bfloat16_master || format == Format::float16_master)
+            return decode_as<WithMaster<BFloat16>>(items, extras, values);
+    }
+    if (k == 2 && format == Format::signed8) return decode_codes<Signed8>(items, unit, values);
+    if (k > 2 && format == Format::unsigned8) return decode_codes<Unsigned8>(items, unit, values);
+    return decode_as<BFloat16>(items, extras, values);
+}
+
+// `first` is the number of the first element in its block of 64, `random` that block's random bits.
+template <class F, int lanes>
+FUSEDSTEP_INLINE void encode_as(const Vec<float> (&values)[lanes], uint64_t random, int first, uint32_t (&items)[lanes],
+                                uint32_t (&extras)[lanes]) {
+    FUSEDSTEP_UNROLL
+    for (int i = 0; i < lanes; ++i) {
+        U32 item, extra;
+        const U32 bits = random_bits(static_cast<uint32_t>(random), U32(static_cast<uint32_t>(first + i)));
+        F::template encode<true, Vec<float>>(values[i], bits, item, extra);
+        items[i] = item.x;
+        extras[i] = extra.x;
+    }
+}
+
+template <class Moment, int lanes>
+FUSEDSTEP_INLINE void encode_codes(const Vec<float> (&values)[lanes], uint64_t random, int first,
+                                   const BlockScale<Vec<float>>& scale, bool finite, uint32_t (&codes)[lanes]) {
+    FUSEDSTEP_UNROLL
+    for (int i = 0; i < lanes; ++i) {
+        const U32 bits = random_bits(static_cast<uint32_t>(random >> 32), U32(static_cast<uint32_t>(first + i)));
+        const U32 code = Moment::template encode<Vec<float>>(bits_of(values[i]), scale.reciprocal, bits);
+        codes[i] = finite ? code.x : 0;
+    }
+}
+
+// Of a stream without blocks.
+template <int lanes>
+FUSEDSTEP_INLINE void encode(int k, Format format, const Vec<float> (&values)[lanes], uint64_t random, int first,
+                             uint32_t (&items)[lanes], uint32_t (&extras)[lanes]) {
+    if (format == Format::native) return encode_as<Native>(values, random, first, items, extras);
+    if (k == 0) {
+        switch (format) {
+            case Format::float16:
+                return encode_as<Float16>(values, random, first, items, extras);
+            case Format::bfloat16_master:
+                return encode_as<WithMaster<BFloat16>>(values, random, first, items, extras);
+            case Format::float16_master:
+                return encode_as<WithMaster<Float16>>(values, random, first, items, extras);
+            case Format::bfloat16_correction16:
+                return encode_as<BFloat16Correction16>(values, random, first, items, extras);
+            case Format::bfloat16_correction8:
+                return encode_as<BFloat16Correction8>(values, random, first, items, extras);
+            case Format::bfloat16_stochastic:
+                return encode_as<BFloat16Stochastic>(values, random, first, items, extras);
+            default:
+                break;
+        }
+    }
+    return encode_as<BFloat16>(values, random, first, items, extras);
+}
+
+}  // namespace fusedstep::cuda
