@@ -292,9 +292,9 @@ def test_other_placements(tmp_path):
         for placement in (Replicate(), Shard(0), Shard(1)):
             p = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [placement]))
             optimizer = fst.SGD([p], lr=1.0, momentum=0.5)
-            # As torch does, a gradient is distributed as its parameter is.
-            p.grad = DTensor.from_local(torch.full((4, 3), 1.0 + rank), mesh, [Partial()])
             for step in range(2):
+                # As torch does, a gradient is distributed as its parameter is.
+                p.grad = DTensor.from_local(torch.full((4, 3), 1.0 + rank), mesh, [Partial()])
                 optimizer.step()
             assert torch.equal(p.full_tensor(), torch.full((4, 3), 1 - 3 - 4.5))
 
