@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import (
     DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh,
 )
@@ -26,12 +26,12 @@ def network():
     # Of the last layer, with one row, the second rank has nothing.
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4, bias=False), nn.Linear(4, 1))
 
-def sharded():
+def sharded(**options):
     model = network()
     for layer in model:
         if isinstance(layer, nn.Linear):
-            fully_shard(layer)
-    return fully_shard(model)
+            fully_shard(layer, **options)
+    return fully_shard(model, **options)
 
 def backward(model, seed, clip=None):
     torch.manual_seed(seed)
@@ -41,7 +41,8 @@ def backward(model, seed, clip=None):
         nn.utils.clip_grad_norm_(model.parameters(), clip)
 
 def full(model):
-    return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
+    whole = (getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters())
+    return [p.detach().clone() for p in whole]
 
 def raises(kind, message, function, *arguments, **options):
     try:
@@ -178,6 +179,77 @@ def test_state_dicts_of_distributed_checkpoints(tmp_path):
     )
 
 
+def test_files_of_distributed_checkpoints(tmp_path):
+    check_on_two_ranks(
+        tmp_path,
+        """
+        import torch.distributed.checkpoint as dcp
+
+        def states(model, optimizer):
+            return {
+                "model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)
+            }
+
+        folder = sys.argv[2] + "-checkpoint"
+        model, other = sharded(), sharded()
+        optimizer = fst.AdamW(model.parameters(), lr=0.01)
+        for step in range(3):
+            backward(model, step)
+            optimizer.step()
+        dcp.save(states(model, optimizer), checkpoint_id=folder)
+        resumed = fst.AdamW(other.parameters(), lr=0.5)
+        loaded = states(other, resumed)
+        dcp.load(loaded, checkpoint_id=folder)
+        other.load_state_dict(loaded["model"])
+        set_optimizer_state_dict(other, resumed, loaded["optimizer"])
+        for step in range(3, 6):
+            for m, o in ((model, optimizer), (other, resumed)):
+                backward(m, step)
+                o.step()
+        assert all(map(torch.equal, full(model), full(other)))
+        """,
+    )
+
+
+def test_other_ways_to_distribute(tmp_path):
+    check_on_two_ranks(
+        tmp_path,
+        """
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        from torch.distributed.tensor.parallel import (
+            ColwiseParallel, RowwiseParallel, parallelize_module,
+        )
+
+        def parallel():
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+            return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+
+        def compare(make, wrap=lambda params, kind: kind(params, lr=0.01)):
+            torch.manual_seed(1)
+            model = make()
+            torch.manual_seed(1)
+            theirs = make()
+            optimizer = wrap(model.parameters(), fst.AdamW)
+            reference = torch.optim.AdamW(theirs.parameters(), lr=0.01)
+            before = full(model)
+            for step in range(4):
+                for m, o in ((model, optimizer), (theirs, reference)):
+                    backward(m, step)
+                    o.step()
+            torch.testing.assert_close(full(model), full(theirs), rtol=2e-6, atol=1e-7)
+            assert not any(map(torch.equal, full(model), before))
+
+        replicated = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        compare(lambda: sharded(mesh=replicated))
+        narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        compare(lambda: sharded(mp_policy=narrow))
+        compare(parallel)
+        compare(network, lambda params, kind: ZeroRedundancyOptimizer(params, kind, lr=0.01))
+        """,
+    )
+
+
 def test_narrow_state_of_shards(tmp_path):
     check_on_two_ranks(
         tmp_path,
@@ -220,9 +292,9 @@ def test_other_placements(tmp_path):
         for placement in (Replicate(), Shard(0), Shard(1)):
             p = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [placement]))
             optimizer = fst.SGD([p], lr=1.0, momentum=0.5)
-            # As torch does, a gradient is distributed as its parameter is.
-            p.grad = DTensor.from_local(torch.full((4, 3), 1.0 + rank), mesh, [Partial()])
             for step in range(2):
+                # As torch does, a gradient is distributed as its parameter is.
+                p.grad = DTensor.from_local(torch.full((4, 3), 1.0 + rank), mesh, [Partial()])
                 optimizer.step()
             assert torch.equal(p.full_tensor(), torch.full((4, 3), 1 - 3 - 4.5))
 

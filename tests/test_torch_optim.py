@@ -534,6 +534,7 @@ def test_inference_mode():
             p.grad = torch.ones(3)
             optimizer.step()
         assert (p < 1).all()
+        assert not any(value.is_inference() for value in optimizer.state[p].values())
         p.grad = torch.ones(3)
         before = p.detach().clone()
         if p is normal:
