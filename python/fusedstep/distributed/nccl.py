@@ -24,7 +24,8 @@ class NcclEngine:
     """Collective operations of NCCL for CuPy arrays; NumPy arrays go through the host's engine.
 
     NCCL works on a stream of its own, so that it overlaps with the update. `Request.wait` holds
-    back the processor, as NCCL itself knows no time limit.
+    back the processor, as NCCL itself knows no time limit. Only the constructor may wait for ever,
+    while NCCL connects, for a rank that stops there.
 
     Parameters
     ----------
