@@ -1,6 +1,6 @@
 """Learn handwritten digits on several processes; kill it at any time, and it goes on from there.
 
-    pip install 'fusedstep[demo,mpi]' mpich
+    pip install '.[demo,mpi]' mpich
     mpirun -n 2 python -m mpi4py examples/data_parallel_digits.py
 
 Each process learns from its share of every batch and keeps its share of Adam's state. Started

@@ -374,6 +374,7 @@ def made_differently(**by_rank):
         ({"params": np.ones(10, int)}, TypeError, "rank 1: params: int64"),
         ({"params": "weights"}, TypeError, "rank 1: params: "),
         ({"params": []}, ValueError, "rank 1: params: no arrays"),
+        ({"optimizer": "Adam"}, TypeError, "rank 1: optimizer: expected GD, Adam or AdamW"),
         ({"optimizer": fs.AdamW}, ValueError, "Adam, .*rank 1 has AdamW"),
         ({"lr": 0.5}, ValueError, "'lr'.*0.001.*rank 1.*0.5"),
         ({"lr": -1}, ValueError, "rank 1: .*lr"),
@@ -441,6 +442,14 @@ def hyper(key, value):
     return change
 
 
+def without(key):
+    def change(optimizer, params, grads, options):
+        del optimizer.param_groups[0][key]
+        return grads
+
+    return change
+
+
 def option(key, value):
     def change(optimizer, params, grads, options):
         options[key] = value
@@ -468,9 +477,12 @@ def gradient(make):
         (gradient(lambda p, g: p), ValueError, r"grads\['b'\]: overlaps params\['b'\]"),
         (hyper("lr", float("nan")), ValueError, "lr"),
         (hyper("eps", "small"), TypeError, "eps"),
+        (without("lr"), ValueError, "lr: missing"),
         (hyper("lr", lambda t: -t), ValueError, "lr"),
         (option("grad_scale", 0.0), ValueError, "grad_scale"),
         (option("clip_norm", -1.0), ValueError, "clip_norm: expected a finite number > 0"),
+        (option("clip_norm", "1"), TypeError, "clip_norm: expected a number, got str"),
+        (option("skip_nonfinite", "no"), TypeError, "skip_nonfinite: expected True or False"),
         (hyper("lr", 1e300), ValueError, "lr: 1e\\+300 is too large for float32"),
         (option("grad_scale", 1e300), ValueError, "grad_scale: 1e\\+300 is too large for float32"),
     ],

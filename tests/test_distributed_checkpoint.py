@@ -158,6 +158,10 @@ def empty(path):
     path.write_bytes(b"")
 
 
+def nest_deeply(path):
+    path.write_text("[" * 100_000)
+
+
 def become_folder(path):
     path.unlink()
     path.mkdir()
@@ -179,6 +183,7 @@ DAMAGES = [
     ("index.json", truncate, r"index\.json is truncated or altered"),
     ("index.json", empty, r"index\.json is truncated or altered"),
     ("index.json", flip, r"index\.json is (truncated or )?altered"),
+    ("index.json", nest_deeply, r"index\.json is truncated or altered"),
     ("index.json", become_folder, r"no index\.json"),
     ("index.json", lose_folder, r"no index\.json"),
 ]

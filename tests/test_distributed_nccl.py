@@ -5,6 +5,8 @@ host memory whose pointers it follows. Its streams do nothing but remember what 
 """
 
 import ctypes
+import inspect
+import subprocess
 import sys
 import threading
 import types
@@ -15,7 +17,7 @@ from thread_engine import run_ranks
 
 from fusedstep.distributed import NcclEngine
 
-UNIQUE_ID = tuple(range(-64, 64))
+UNIQUE_IDS = {13: tuple(range(-64, 64)), 14: bytes(range(128, 256))}
 TYPES = {7: np.float32, 8: np.float64}
 SUM = 0
 
@@ -30,6 +32,8 @@ class Device:
 
 
 class Event:
+    done = True
+
     def __init__(self, stream):
         self.stream = stream
 
@@ -51,7 +55,8 @@ class Stream:
 class Communicators:
     """The communicators of one job, one for each thread."""
 
-    def __init__(self):
+    def __init__(self, unique_id):
+        self.unique_id = unique_id
         self.barrier = None
         self.lock = threading.Lock()
         self.sent = {}
@@ -61,7 +66,9 @@ class Communicators:
 
         class NcclCommunicator:
             def __init__(self, ndev, commId, rank):
-                assert commId == UNIQUE_ID
+                if type(commId) is not type(job.unique_id):  # as Cython checks it
+                    raise TypeError(f"commId: expected {type(job.unique_id)}")
+                assert commId == job.unique_id
                 self.rank, self.size = rank, ndev
                 with job.lock:
                     if job.barrier is None:
@@ -90,6 +97,12 @@ class Communicators:
                 arrays = self._exchange(sendbuf, count, datatype, stream)
                 memory(recvbuf, count * self.size, datatype)[...] = np.concatenate(arrays)
 
+            def check_async_error(self):
+                pass
+
+            def abort(self):
+                raise AssertionError("there was no error")
+
         return NcclCommunicator
 
 
@@ -99,9 +112,10 @@ def memory(pointer, count, datatype):
     return np.frombuffer(raw, dtype)
 
 
-@pytest.fixture
-def cupy(monkeypatch):
+@pytest.fixture(params=UNIQUE_IDS)
+def cupy(monkeypatch, request):
     """Put a stand-in for CuPy in its place; each thread has a current stream of its own."""
+    unique_id = UNIQUE_IDS[request.param]
     local = threading.local()
 
     def get_current_stream():
@@ -114,8 +128,9 @@ def cupy(monkeypatch):
     cuda.Stream, cuda.get_current_stream = Stream, get_current_stream
     nccl.available = True
     nccl.NCCL_SUM, nccl.NCCL_FLOAT32, nccl.NCCL_FLOAT64 = SUM, 7, 8
-    nccl.get_unique_id = lambda: UNIQUE_ID
-    nccl.NcclCommunicator = Communicators().make()
+    nccl.get_unique_id = lambda: unique_id
+    nccl.NcclCommunicator = Communicators(unique_id).make()
+    module.__version__, nccl.get_version = f"{request.param}.0.0", lambda: 23203
     for name, stand_in in (("cupy", module), ("cupy.cuda", cuda), ("cupy.cuda.nccl", nccl)):
         monkeypatch.setitem(sys.modules, name, stand_in)
     return module
@@ -136,9 +151,8 @@ def test_collective_operations_on_device_arrays(cupy, size, dtype):
         reduced = Device(values, dtype)
         engine.all_reduce(reduced).wait()
         current = cupy.cuda.get_current_stream()
-        # NCCL's stream waited for the current one before each operation, and that one after each.
+        # NCCL's stream waited for the current one before each operation.
         assert engine._stream.waited_for == [current] * 3
-        assert current.waited_for == [engine._stream] * 3
         assert engine._stream.non_blocking
         return [a.host.tolist() for a in (recv, gathered, reduced)]
 
@@ -163,23 +177,127 @@ def test_host_arrays_go_through_the_host_engine(cupy):
     assert run_ranks(2, job) == [[2.0, 1, 2, 2.0, 2.0, 2.0], [4.0, 1, 2, 2.0, 2.0, 2.0]]
 
 
+def per_thread(value, other):
+    """Return a function that gives `other` in the thread that has called it with True."""
+    local = threading.local()
+
+    def get(set_other=None):
+        if set_other is not None:
+            local.other = set_other
+        return other if getattr(local, "other", False) else value
+
+    return get
+
+
 def test_cupy_without_nccl_on_one_rank_is_an_error_on_all(cupy, monkeypatch):
-    lacking = threading.local()
+    available = per_thread(True, False)
 
     class Nccl(types.ModuleType):
         @property
         def available(self):
-            return not getattr(lacking, "yes", False)
+            return available()
 
+        def __getattr__(self, name):
+            return getattr(whole, name)
+
+    whole = cupy.cuda.nccl
     monkeypatch.setitem(sys.modules, "cupy.cuda.nccl", nccl := Nccl("cupy.cuda.nccl"))
     cupy.cuda.nccl = nccl
 
     def job(host):
-        lacking.yes = host.rank == 1
-        with pytest.raises(ImportError, match="rank 1: NcclEngine: this CuPy finds no NCCL"):
+        available(host.rank == 1)
+        with pytest.raises(ImportError, match="rank 1: NcclEngine: CuPy finds no NCCL: pip"):
             NcclEngine(host)
 
     run_ranks(2, job)
+
+
+def test_ranks_with_different_versions_of_nccl(cupy):
+    cupy.cuda.nccl.get_version = version = per_thread(23203, 22707)
+
+    def job(host):
+        version(host.rank == 1)
+        with pytest.raises(ValueError, match=r"disagree on NcclEngine: .*23203, .*NCCL 22707"):
+            NcclEngine(host)
+
+    run_ranks(2, job)
+
+
+@pytest.mark.parametrize("broken", ["Stream", "get_unique_id"])
+def test_a_gpu_that_does_not_work_is_an_error_on_all_ranks(cupy, monkeypatch, broken):
+    """Before NCCL makes its connections, which would wait for that rank for ever."""
+    fails = per_thread(False, True)
+    module = cupy.cuda if broken == "Stream" else cupy.cuda.nccl
+    works = getattr(module, broken)
+
+    def maybe(**options):
+        if fails():
+            raise RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+        return works(**options)
+
+    monkeypatch.setattr(module, broken, maybe)
+
+    def job(host):
+        fails(host.rank == 0)
+        with pytest.raises(RuntimeError, match="rank 0: cudaErrorNoDevice"):
+            NcclEngine(host)
+
+    run_ranks(2, job)
+
+
+def test_an_error_of_the_network_is_raised_and_frees_the_stream(cupy, monkeypatch):
+    engine = NcclEngine(None)
+    aborted = []
+
+    def failed(_):
+        raise RuntimeError("NCCL_ERROR_SYSTEM_ERROR: connection reset by peer")
+
+    monkeypatch.setattr(cupy.cuda.nccl.NcclCommunicator, "check_async_error", failed)
+    monkeypatch.setattr(cupy.cuda.nccl.NcclCommunicator, "abort", lambda comm: aborted.append(comm))
+    request = engine.all_reduce(Device([1, 2], np.float32))
+    with pytest.raises(RuntimeError, match="connection reset"):
+        request.wait()
+    assert aborted == [engine._comm]
+
+
+def test_a_rank_that_waits_in_vain_ends_its_process():
+    code = (
+        "import types\n"
+        "from fusedstep.distributed import nccl\n"
+        "engine = types.SimpleNamespace(rank=1, size=2, timeout=0.3)\n"
+        "engine._comm = types.SimpleNamespace(check_async_error=lambda: None)\n"
+        "never = types.SimpleNamespace(done=False)\n"
+        "nccl._NcclRequest(engine, never, 'all_gather', ()).wait()\n"
+    )
+    job = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert job.returncode == 74
+    assert "rank 1 of 2 has waited 0.3 s for the others in all_gather" in job.stderr
+
+
+def test_a_timeout_that_is_none(cupy):
+    with pytest.raises(ValueError, match="timeout: expected a number of seconds > 0, got 0"):
+        NcclEngine(None, timeout=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*nccl library could not be loaded:UserWarning")
+def test_the_stand_in_is_called_as_cupy_is():
+    pytest.importorskip("cupy", reason="CuPy is not installed: pip install cupy-cuda13x")
+    from cupy.cuda import nccl
+
+    if not nccl.available:
+        pytest.skip("NCCL is not installed: pip install nvidia-nccl-cu13")
+    # Cython's first line of documentation, "allReduce(self, intptr_t sendbuf, ...)".
+    stand_in = Communicators(b"").make()
+    for name in ("allReduce", "reduceScatter", "allGather", "check_async_error", "abort"):
+        line = getattr(nccl.NcclCommunicator, name).__doc__.splitlines()[0]
+        arguments = line.partition("(")[2].partition(")")[0].split(", ")
+        names = [argument.split()[-1] for argument in arguments]
+        assert names == list(inspect.signature(getattr(stand_in, name)).parameters)
+    assert nccl.NCCL_SUM == SUM
+    assert list(TYPES) == [nccl.NCCL_FLOAT32, nccl.NCCL_FLOAT64]
+    unique_id = nccl.get_unique_id()
+    assert type(unique_id) in map(type, UNIQUE_IDS.values())
+    assert len(unique_id) == 128
 
 
 def test_without_cupy(monkeypatch):

@@ -251,7 +251,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         fits = index.pop("sha256") == _json_digest(index)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise _Damaged(f"no {INDEX}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _Damaged(f"{INDEX} is truncated or altered") from error
     if not fits:
         raise _Damaged(f"{INDEX} is altered: its checksum does not fit")

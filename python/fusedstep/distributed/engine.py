@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
+
+# The status with which a job ends that has waited in vain.
+GAVE_UP = 74
+# A rank that waits yields the processor for this long, in seconds, then sleeps between its looks.
+_YIELD = 0.2
+_SLEEP = 1e-3
 
 
 class Request(Protocol):
@@ -89,23 +99,46 @@ def as_engine(comm: Any) -> Engine:
 _OPERATIONS = ("reduce_scatter", "all_gather", "all_reduce")
 
 
-def gather_bytes(engine: Engine, data: bytes) -> list[bytes]:
-    """Return the `data` of every rank, on every rank."""
+def check_timeout(timeout: float) -> None:
+    if not timeout > 0:
+        raise ValueError(f"timeout: expected a number of seconds > 0, got {timeout!r}")
+
+
+def wait_until(done: Callable[[], bool], engine: Any, operation: str) -> bool:
+    """Return True once `done()`; or, after the engine's time limit, say so and return False."""
+    start = time.monotonic()
+    while not done():
+        waited = time.monotonic() - start
+        if waited > engine.timeout:
+            print(
+                f"fusedstep: rank {engine.rank} of {engine.size} has waited {engine.timeout:g} s "
+                f"for the others in {operation}; one of them has stopped. Ending the job: resume "
+                f"it from its newest checkpoint ({type(engine).__name__}(timeout=...) sets the "
+                f"time).",
+                file=sys.stderr,
+                flush=True,
+            )
+            return False
+        if waited < _YIELD:
+            os.sched_yield()
+        else:
+            time.sleep(_SLEEP)
+    return True
+
+
+def gather_text(engine: Engine, text: str) -> list[str]:
+    """Return the `text` of every rank, on every rank."""
+    data = text.encode()
     lengths = np.zeros(engine.size, np.int64)
     lengths[engine.rank] = len(data)
     engine.all_gather(lengths).wait()
     longest = int(lengths.max())
     if longest == 0:
-        return [b""] * engine.size
+        return [""] * engine.size
     buffer = np.zeros((engine.size, longest), np.uint8)
     buffer[engine.rank, : len(data)] = np.frombuffer(data, np.uint8)
     engine.all_gather(buffer.reshape(-1)).wait()
-    return [row[:n].tobytes() for row, n in zip(buffer, lengths.tolist(), strict=True)]
-
-
-def gather_text(engine: Engine, text: str) -> list[str]:
-    """Return the `text` of every rank, on every rank."""
-    return [data.decode() for data in gather_bytes(engine, text.encode())]
+    return [row[:n].tobytes().decode() for row, n in zip(buffer, lengths.tolist(), strict=True)]
 
 
 def agree(engine: Engine, error: Exception | None, fact: str = "", what: str = "") -> None:

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from .engine import Request
-
-# A rank that waits yields the processor for this long, in seconds, then sleeps between its looks.
-_YIELD = 0.2
-_SLEEP = 1e-3
+from .engine import GAVE_UP, Request, check_timeout, wait_until
 
 # The key under which a communicator holds its duplicate.
 _duplicates: int | None = None
@@ -46,12 +40,11 @@ class MpiEngine:
             raise ImportError(
                 "MpiEngine needs mpi4py and an MPI library: pip install mpi4py mpich"
             ) from error
-        if not timeout > 0:
-            raise ValueError(f"timeout: expected a number of seconds > 0, got {timeout!r}")
+        check_timeout(timeout)
         self._mpi = MPI
         given = MPI.COMM_WORLD if comm is None else comm
         self._comm = given
-        self._timeout = timeout
+        self.timeout = timeout
         self.rank: int = given.Get_rank()
         self.size: int = given.Get_size()
         self._comm = self._duplicate(given)
@@ -83,17 +76,6 @@ class MpiEngine:
     def _started(self, request: Any, operation: str) -> Request:
         return _MpiRequest(self, request, operation)
 
-    def _abort(self, operation: str) -> NoReturn:
-        print(
-            f"fusedstep: rank {self.rank} of {self.size} has waited {self._timeout:g} s for the "
-            f"others in {operation}; one of them has stopped. Ending the job: resume it from its "
-            f"newest checkpoint (MpiEngine(timeout=...) sets the time).",
-            file=sys.stderr,
-            flush=True,
-        )
-        self._comm.Abort(74)
-        os._exit(74)
-
 
 class _MpiRequest:
     def __init__(self, engine: MpiEngine, request: Any, operation: str) -> None:
@@ -102,17 +84,9 @@ class _MpiRequest:
         self._operation = operation
 
     def wait(self) -> None:
-        if self._request.Test():
-            return
-        start = time.monotonic()
-        while not self._request.Test():
-            waited = time.monotonic() - start
-            if waited > self._engine._timeout:
-                self._engine._abort(self._operation)
-            if waited < _YIELD:
-                os.sched_yield()
-            else:
-                time.sleep(_SLEEP)
+        if not wait_until(self._request.Test, self._engine, self._operation):
+            self._engine._comm.Abort(GAVE_UP)
+            os._exit(GAVE_UP)
 
 
 def _synchronise(buffer: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,8 @@ class ShardedOptimizer:
                 raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
             if not (isinstance(bucket_bytes, int) and bucket_bytes > 0):
                 raise ValueError(f"bucket_bytes: expected an integer > 0, got {bucket_bytes!r}")
+            if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
+                raise TypeError(f"optimizer: expected GD, Adam or AdamW, got {optimizer!r}")
             self._mean = reduction == "mean"
             self._deal_out(optimizer, params, hyper, bucket_bytes)
             facts = self._facts(f"reduction {reduction!r}, bucket_bytes {bucket_bytes}")
@@ -260,8 +263,7 @@ class ShardedOptimizer:
             flat = self._params.flat_grads(grads)
             self._set_hyper()
             self._inner.step(self._checks, grad_scale=grad_scale)
-            if clip_norm is not None and not 0 < clip_norm < float("inf"):
-                raise ValueError(f"clip_norm: expected a finite number > 0, got {clip_norm!r}")
+            _check_options(clip_norm, skip_nonfinite)
             if self.size > 1:
                 facts = self._step_facts(flat, (grad_scale, clip_norm, skip_nonfinite))
         except Exception as failure:
@@ -322,6 +324,9 @@ class ShardedOptimizer:
                 inner[key] = value(number) if callable(value) else value
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        missing = self._inner.defaults.keys() - group.keys()
+        if missing:
+            raise ValueError(f"{min(missing)}: missing")
         return {key: group[key] for key in self._inner.defaults}
 
     def _step_facts(self, flat: Sequence[Any], options: tuple[Any, ...]) -> str:
@@ -515,6 +520,18 @@ class ShardedOptimizer:
         from .checkpoint import load
 
         return load(self, folder)
+
+
+def _check_options(clip_norm: Any, skip_nonfinite: Any) -> None:
+    """Raise what the ordinary optimizer would: it gets neither, as the ranks decide together."""
+    if not (clip_norm is None or isinstance(clip_norm, Real)):
+        raise TypeError(f"clip_norm: expected a number, got {type(clip_norm).__name__}")
+    if clip_norm is not None and not 0 < float(clip_norm) < float("inf"):
+        raise ValueError(f"clip_norm: expected a finite number > 0, got {clip_norm!r}")
+    if not isinstance(skip_nonfinite, bool):
+        raise TypeError(
+            f"skip_nonfinite: expected True or False, got {type(skip_nonfinite).__name__}"
+        )
 
 
 def _described(groups: Iterable[Mapping[str, Any]]) -> list[str]:
