@@ -13,6 +13,7 @@
 #include "../cpu/thread_pool.hpp"
 #include "../formats/random.hpp"
 #include "functions.hpp"
+#include "offload.hpp"
 #include "optimizer.hpp"
 
 namespace cpu = fusedstep::cpu;
@@ -111,6 +112,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     module.attr("__version__") = FUSEDSTEP_VERSION;
     fusedstep::bind_functions(module);
     fusedstep::bind_optimizer(module);
+    fusedstep::bind_offload(module);
     module.def("config", &config);
     module.def("available_isas", [] { return names(true); });
     module.def("get_isa", [] { return cpu::chosen_isa().name; });

@@ -32,13 +32,18 @@ void GradientNorm::add(const Tensor& tensor, DType dtype) {
     bytes_ += tensor.size * item_size(dtype);
 }
 
-double GradientNorm::sum_of_squares() {
+const std::vector<double>& GradientNorm::sums_of_blocks() {
     const int64_t blocks = ends_.empty() ? 0 : ends_.back();
     sums_.resize(blocks);
     parallel_for(blocks * norm_block, bytes_, [&](int64_t from, int64_t to) {
         const FloatEnvironment ieee;
         sum_blocks(from / norm_block, to / norm_block);
     });
+    return sums_;
+}
+
+double GradientNorm::sum_of_squares() {
+    sums_of_blocks();
     const FloatEnvironment ieee;
     int64_t begin = 0;
     for (size_t i = 0; i < gradients_.size(); begin = ends_[i++]) {

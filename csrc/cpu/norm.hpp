@@ -17,6 +17,9 @@ public:
 
     double sum_of_squares();
 
+    // The sum of each block by itself, gradient after gradient.
+    const std::vector<double>& sums_of_blocks();
+
 private:
     struct Gradient {
         const Tensor* tensor;
