@@ -87,7 +87,7 @@ void check_eight_bit(const ArrayView& codes, const ArrayView* units, DType wante
         throw py::value_error(name.text() + ": shape " + codes.shape_text() + ", but expected a vector of " +
                               std::to_string(size) + " codes");
     }
-    const int64_t blocks = (size + block_elements - 1) / block_elements;
+    const int64_t blocks = block_count(size);
     if (!units->known_dtype || units->dtype != DType::float32 || units->dimensions != 1 || units->shape[0] != blocks ||
         !units->c_contiguous()) {
         throw py::value_error(units_name.text() + ": expected a float32 vector of " + std::to_string(blocks) +

@@ -60,8 +60,7 @@ void fill_zero(py::handle array) {
 
 // A codec's values have room for whole blocks.
 size_t whole_blocks(int64_t count) {
-    return static_cast<size_t>((count + fusedstep::block_elements - 1) / fusedstep::block_elements *
-                               fusedstep::block_elements);
+    return static_cast<size_t>(fusedstep::block_count(count) * fusedstep::block_elements);
 }
 
 // What 8-bit codes stand for, and back. The arrays are an optimizer's own, contiguous and of the right sizes.

@@ -25,6 +25,8 @@ constexpr int format_count = 10;
 // Elements of the 8-bit formats that share a scale.
 constexpr int64_t block_elements = 64;
 
+constexpr int64_t block_count(int64_t elements) { return (elements + block_elements - 1) / block_elements; }
+
 struct FormatLayout {
     int item;        // bytes of an element; 0: those of the type that the rule computes in
     int extra;       // bytes of an element in the array beside it

@@ -79,9 +79,7 @@ public:
     static constexpr bool random = true;
     using B = typename V::Bits;
 
-    static constexpr size_t extra_bytes(int64_t count) {
-        return (count + block_elements - 1) / block_elements * sizeof(float);
-    }
+    static constexpr size_t extra_bytes(int64_t count) { return block_count(count) * sizeof(float); }
 
     FUSEDSTEP_INLINE Blocks(const Stream& stream, int64_t at)
         : codes_(static_cast<Item*>(stream.items) + at),

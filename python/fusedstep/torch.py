@@ -612,11 +612,13 @@ def _is_distributed(tensor: torch.Tensor) -> bool:
 
 def _local(tensor: Any) -> torch.Tensor:
     """Return what this rank holds of a tensor."""
-    if not _is_distributed(tensor):
-        return tensor  # type: ignore[no-any-return]
-    with torch.no_grad():
-        local = tensor.to_local()
-    return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
+    local: torch.Tensor = tensor
+    if _is_distributed(tensor):
+        with torch.no_grad():
+            local = tensor.to_local()
+        if hasattr(local, "wait"):
+            local = local.wait()
+    return local
 
 
 def _place_gradient(param: Any, suffix: str) -> None:
