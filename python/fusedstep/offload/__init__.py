@@ -4,7 +4,7 @@ For PyTorch see `fusedstep.offload.torch`. Nothing here is imported by ``import 
 array library before its arrays are used.
 """
 
-from ..optim import StepInfo
+from ..step_info import StepInfo
 from .device import Copy, Device, HostDevice
 from .optimizer import OffloadedOptimizer
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import narrow
-from ..optim import Optimizer, StepInfo
+from ..optim import Optimizer
+from ..step_info import StepInfo
 from .boundary import Gradient, Parameters
 from .device import Device, address_of
 from .layout import BLOCK, Piece, cut, places

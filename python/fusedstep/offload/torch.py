@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .. import narrow, optim
-from ..optim import StepInfo
+from ..step_info import StepInfo
 from ..torch import _array, _tensor
 from . import optimizer as core
 
