@@ -136,6 +136,18 @@ def test_buckets_leave_while_the_backward_pass_runs():
     offloaded.step()
 
 
+def test_a_bucket_does_not_wait_for_frozen_parameters():
+    weight = torch.nn.Parameter(torch.ones(3))
+    frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    offloaded = OffloadedOptimizer(fs.GD, [weight, frozen], lr=0.5)
+    with offloaded.overlap():
+        (weight * frozen).sum().backward()
+        assert offloaded._core._pending[0]._sent == {0}
+    offloaded.step()
+    assert weight.tolist() == [0.5] * 3
+    assert frozen.tolist() == [1.0] * 3
+
+
 def test_nothing_is_stepped_before_the_norm_is_known():
     model = net()
     offloaded = made(model)
@@ -191,12 +203,22 @@ def test_a_second_backward_pass_in_a_step_is_refused():
         offloaded.step()
 
 
+def exchange(model: Any) -> None:
+    """Give a parameter another gradient, of the same version."""
+    version = model.embed.grad._version
+    model.embed.grad = torch.zeros_like(model.embed)
+    while model.embed.grad._version < version:
+        model.embed.grad.zero_()
+    assert model.embed.grad._version == version
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda m: torch.nn.utils.clip_grad_norm_(m.parameters(), 0.01),
         lambda m: m.embed.grad.zero_(),
         lambda m: m.zero_grad(),
+        exchange,
     ],
 )
 def test_gradients_changed_after_they_were_used_are_noticed(change):
