@@ -63,7 +63,7 @@ def new_job(gpu, monkeypatch):
     module.__version__, module.cuda, cuda.nccl = "14.2.0", cuda, nccl
     module.ndarray, module.asarray = Array, lambda array: Array(np.array(array))
     module.empty = lambda size, dtype: Array(np.full(size, 77, dtype))
-    module.zeros_like = lambda like: Array(np.zeros_like(like.host))
+    module.zeros_like = lambda like, dtype: Array(np.zeros_like(like.host, dtype))
     cuda.Stream, cuda.get_current_stream = Stream, lambda device=None: stream
     nccl.available, nccl.get_version = True, lambda: 23203
     nccl.NCCL_SUM, nccl.NCCL_FLOAT32, nccl.NCCL_FLOAT64 = 0, 7, 8
