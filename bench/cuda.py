@@ -11,7 +11,7 @@ from typing import Any
 
 import fusedstep as fs
 
-from . import machine, peers
+from . import cuda_narrow, machine, peers
 from .timing import Timing
 from .workloads import BETAS, EPS, GPT2_SMALL, LR, MANY_SMALL, MLP, Workload, one_array
 
@@ -341,7 +341,17 @@ def run(cupy: Any, clock: Clock, quick: bool, wanted: list[str] | None, say: Any
         if 1 << power <= limit
         and (case := run_case(cupy, clock, one_array(1 << power), contenders, say, 0.2))
     ]
-    record["requirements"] = list(requirements_of(record))
+    record["narrow"] = cuda_narrow.run(
+        cupy,
+        lambda steps: interleaved(clock, steps, 1.0),
+        lambda: free_memory(cupy),
+        limit,
+        say,
+    )
+    record["requirements"] = [
+        *requirements_of(record),
+        *cuda_narrow.requirements_of(record["narrow"]),
+    ]
     return record
 
 

@@ -75,6 +75,9 @@ def test_a_quick_run(cupy, monkeypatch, tmp_path):
         for timings in ("timings", "gpu_timings", "python_timings"):
             assert set(case[timings]) == {"fusedstep", "CuPy"}
             assert all(t["median"] > 0 for t in case[timings].values())
+    (case,) = record["narrow"]
+    assert case["elements"] == 1_000_000
+    assert set(case["timings"]) == {*cuda.cuda_narrow.narrow.OURS, cuda.cuda_narrow.CLIPPED}
     rows = {(row["case"], row["claim"]): row for row in record["requirements"]}
     cost = rows[small.name, "fusedstep, microseconds until the call returns"]
     assert cost["met"] == (cost["measured"] <= 25)
@@ -105,6 +108,17 @@ def test_requirements_are_ratios_of_medians():
     best = rows["fusedstep, times as fast as best peer (gpu)"]
     assert best["measured"] == pytest.approx(0.9)
     assert not best["met"]
+
+
+def test_the_requirements_of_steps_in_fewer_bytes():
+    medians = {"float32": 2.8, "float32, 8-bit moments": 1.6, "float32, clip_norm": 3.5}
+    timings = {name: {"median": median} for name, median in medians.items()}
+    cases = [{"elements": size, "timings": timings} for size in (1_000_000, 1_000_000_000)]
+    rows = {row["claim"]: row for row in cuda.cuda_narrow.requirements_of(cases)}
+    assert rows["float32, 8-bit moments, times as fast as float32 (gpu)"]["met"]
+    assert rows["float32, clip_norm, times as fast as float32 (gpu)"]["met"] is False
+    assert rows["float32, 8-bit moments, times as fast as torchao AdamW8bit (gpu)"]["met"] is None
+    assert len(rows) == len(cuda.cuda_narrow.REQUIRED)
 
 
 @pytest.mark.parametrize(("offset", "met"), [(0.9, True), (1.02, True), (1.04, False)])

@@ -38,6 +38,7 @@ def on_gpu(cupy, monkeypatch):
         return cupy.ndarray(array.shape, dtype or array.dtype, pointer, array.strides)
 
     monkeypatch.setattr(gpu_library, "zeros_like", lambda p, dtype: wrap(np.zeros(p.shape, dtype)))
+    monkeypatch.setattr(gpu_library, "zeros", lambda n, dtype, p: wrap(np.zeros(n, dtype)))
     return wrap
 
 
@@ -61,6 +62,26 @@ def test_steps_have_the_bits_of_numpy(fresh, dtype, on_gpu, gpu):
         theirs.step(values)
         assert [a.tobytes() for a in memory] == [a.tobytes() for a in expected]
     assert gpu.last_stream() == 7
+
+
+@pytest.mark.parametrize("options", [
+    {"state_dtype": "8bit", "master_weights": "correction8"},
+    {"state_dtype": "bfloat16", "master_weights": "stochastic"},
+], ids=str)  # fmt: skip
+def test_narrow_steps_have_the_bits_of_numpy(options, on_gpu, gpu):
+    dtype = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed").bfloat16
+    memory = [float32(*shape).astype(dtype) for shape in SHAPES]
+    expected = [a.copy() for a in memory]
+    ours, theirs = fs.Adam([on_gpu(a) for a in memory], **options), fs.Adam(expected, **options)
+    for _ in range(3):
+        grads = [np.ones_like(a) for a in memory]
+        cleared = [g.copy() for g in grads]
+        launches = gpu.launch_count()
+        ours.step([on_gpu(g) for g in cleared], clip_norm=1.0, zero_grad=True)
+        assert gpu.launch_count() - launches == 1
+        theirs.step(grads, clip_norm=1.0)
+        assert [a.tobytes() for a in memory] == [a.tobytes() for a in expected]
+        assert not any(any(g.tobytes()) for g in cleared)
 
 
 def made(on_gpu):

@@ -105,7 +105,7 @@ def from_host(target: Any, values: NDArray[Any]) -> None:
         with target.device:
             target[...] = library.asarray(values)
     else:
-        target.copy_(library.from_numpy(np.ascontiguousarray(values)))
+        target.copy_(library.from_numpy(np.array(values)))
 
 
 def copy_as_float32(target: Any, array: Any) -> None:
@@ -146,25 +146,17 @@ class Norm:
         self._workspace = self._integers(-(-workspace_bytes // 8))
         # One for the step that is being taken, one for the last, which may not have been read yet.
         self._outcomes = [_Outcome(self._integers(3)) for _ in range(2)]
-        self._next = self._outcomes[0]
 
     def _integers(self, count: int) -> Any:
         return zeros(count, np.dtype(np.int64), self._param)
 
-    def memory(self) -> tuple[Any, Any]:
-        """Return the workspace, and where the outcome of the next step goes."""
-        for outcome in self._outcomes:
-            if outcome.is_free():
-                self._next = outcome
-                break
-        else:
-            self._next = _Outcome(self._integers(3))
-            self._outcomes.append(self._next)
-        return self._workspace, self._next.array
-
-    def info(self) -> StepInfo:
-        """Return what the step reports that `memory` was for."""
-        return self._next.info()
+    def prepare(self) -> tuple[StepInfo, tuple[Any, Any]]:
+        """Return what the next step will report, and the memory it needs for that."""
+        outcome = next((o for o in self._outcomes if o.is_free()), None)
+        if outcome is None:
+            outcome = _Outcome(self._integers(3))
+            self._outcomes.append(outcome)
+        return outcome.info(), (self._workspace, outcome.array)
 
 
 class _Outcome:

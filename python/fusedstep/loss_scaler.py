@@ -101,6 +101,9 @@ class LossScaler:
     def step(self, optimizer: Optimizer, grads: Any, **options: Any) -> StepInfo:
         """Take a step with the gradients of the scaled loss, or skip it, and update the scale.
 
+        On a GPU the optimizer must have been made with ``capturable=True``, and the scale waits for
+        the step.
+
         Parameters
         ----------
         optimizer : Optimizer

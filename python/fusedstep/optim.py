@@ -73,6 +73,7 @@ class Optimizer:
         self._counters: list[Any] = []
         # What computes the norm of gradients on a GPU; made when it is first needed.
         self._norm: gpu.Norm | None = None
+        self._on_gpu = False
         self._native = self._make_native()
         self._grads_by_group = False
 
@@ -162,6 +163,7 @@ class Optimizer:
         self._arrays += arrays
         self._counters.append(counter)
         self._norm = None
+        self._on_gpu = not gpu.is_on_host(params[0])
         if self.capturable:  # a captured step is no time to allocate
             self._gpu_norm()
 
@@ -169,10 +171,10 @@ class Optimizer:
         count = -(-self._native.group_state_bytes // 8)
         return gpu.zeros(count, np.dtype(np.int64), param)
 
-    def _gpu_norm(self) -> gpu.Norm | None:
-        """Return what computes the norm of the gradients, where that is on a GPU."""
-        param = self.param_groups[0]["params"][0]
-        if self._norm is None and not gpu.is_on_host(param):
+    def _gpu_norm(self) -> gpu.Norm:
+        """Return what computes the norm of the gradients on their GPU."""
+        if self._norm is None:
+            param = self.param_groups[0]["params"][0]
             self._norm = gpu.Norm(self._native.norm_workspace_bytes, param)
         return self._norm
 
@@ -240,8 +242,9 @@ class Optimizer:
         if clip_norm is None and skip_nonfinite is False and zero_grad is False:
             self._native.step(self.param_groups, grads, grad_scale, self._grads_by_group)
             return _PLAIN
-        needs_norm = clip_norm is not None or skip_nonfinite is not False
-        norm = self._gpu_norm() if needs_norm else None
+        later, memory = None, None
+        if self._on_gpu and (clip_norm is not None or skip_nonfinite is not False):
+            later, memory = self._gpu_norm().prepare()
         info = self._native.step_with_options(
             self.param_groups,
             grads,
@@ -250,11 +253,9 @@ class Optimizer:
             skip_nonfinite,
             zero_grad,
             self._grads_by_group,
-            None if norm is None else norm.memory(),
+            memory,
         )
-        if info is None and norm is not None:
-            return norm.info()
-        return StepInfo(*info)
+        return StepInfo(*info) if later is None or info is not None else later
 
     @property
     def state(self) -> dict[int, dict[str, Any]]:

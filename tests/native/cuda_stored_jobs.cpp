@@ -190,11 +190,12 @@ private:
         }
         if (Rule::streams == 4 && below(random_, 2)) {  // one of those that have kernels of their own
             using F = Format;
-            constexpr Format fast[4][4] = {{F::native, F::native, F::signed8, F::unsigned8},
+            constexpr Format fast[5][4] = {{F::native, F::native, F::signed8, F::unsigned8},
                                            {F::bfloat16, F::bfloat16, F::bfloat16, F::bfloat16},
                                            {F::bfloat16, F::bfloat16, F::native, F::native},
-                                           {F::bfloat16_correction8, F::bfloat16, F::signed8, F::unsigned8}};
-            std::copy_n(fast[below(random_, 4)], 4, storage.formats.begin());
+                                           {F::bfloat16_correction8, F::bfloat16, F::signed8, F::unsigned8},
+                                           {F::bfloat16_stochastic, F::bfloat16, F::signed8, F::unsigned8}};
+            std::copy_n(fast[below(random_, 5)], 4, storage.formats.begin());
         }
         return storage;
     }
@@ -343,6 +344,22 @@ private:
     std::vector<unsigned char> cpu_, gpu_;
 };
 
+// As many values as take the threads of a block several rounds, which wait for each other between them.
+bool same_sum_at_once(Random& random) {
+    std::vector<double> values(1 + below(random, 5000));
+    for (double& x : values) x = std::fabs(number<double>(random));
+    std::vector<double> copy = values, spare(values.size());
+    const double expected = sum_in_pairs(copy.data(), static_cast<int64_t>(copy.size()));
+    const double* sums[Block::threads];
+    Block().run(0, 1, [&](const cuda::Place& place, const auto& team) {
+        sums[place.thread] =
+            cuda::sum_by_block(values.data(), spare.data(), static_cast<int64_t>(values.size()), place, team);
+    });
+    const bool same = std::all_of(sums, sums + Block::threads, [&](const double* sum) { return *sum == expected; });
+    if (!same) std::printf("the sum of %d values\n", static_cast<int>(values.size()));
+    return same;
+}
+
 template <class... All>
 bool one_job_of_each(RuleList<All...>, Random& random, bool at_once, Seen& seen) {
     return (Trial<All>(random, at_once).run(seen) && ...);
@@ -359,7 +376,7 @@ int main(int count, char** arguments) {
     const int64_t at_once = std::strtoll(arguments[3], nullptr, 10);
     Seen seen;
     for (int64_t i = 0; i < rounds; ++i) {
-        if (!one_job_of_each(Rules{}, random, i < at_once, seen)) {
+        if (!one_job_of_each(Rules{}, random, i < at_once, seen) || (i < at_once && !same_sum_at_once(random))) {
             std::printf("in round %lld\n", static_cast<long long>(i));
             return 1;
         }
