@@ -350,7 +350,7 @@ class SGD(_Optimizer):
     ----------
     params : iterable
         As PyTorch's: parameters, pairs of a name and a parameter, or groups. float32, float64,
-        bfloat16 or float16, dense, in host memory or on a CUDA GPU (there float32 and float64).
+        bfloat16 or float16, dense, in host memory or on a CUDA GPU.
     lr, momentum, dampening, weight_decay, nesterov, maximize
         As PyTorch's. `lr` may be a tensor of one element.
     foreach, differentiable : bool, optional
@@ -420,7 +420,7 @@ class Adam(_Optimizer):
     ----------
     params : iterable
         As PyTorch's: parameters, pairs of a name and a parameter, or groups. float32, float64,
-        bfloat16 or float16, dense, in host memory or on a CUDA GPU (there float32 and float64).
+        bfloat16 or float16, dense, in host memory or on a CUDA GPU.
     lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
         As PyTorch's. `lr` and `betas` may be tensors of one element.
     foreach, capturable, differentiable : bool, optional
