@@ -55,8 +55,9 @@ class Storage:
                 f"master_weights: expected one of {', '.join(MASTER_WEIGHTS)}, "
                 f"got {self.master_weights!r}"
             )
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+        if not isinstance(self.seed, int | np.integer) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: expected an integer from 0 to 2**64 - 1, got {self.seed!r}")
+        object.__setattr__(self, "seed", int(self.seed))
 
     def check(self, state_keys: tuple[str, ...]) -> None:
         """Raise for what no optimizer with these state arrays can do."""
@@ -64,7 +65,8 @@ class Storage:
             for key in self.state_dtype:
                 if key not in state_keys:
                     raise ValueError(
-                        f"state_dtype: {key!r} is no state array; there are {', '.join(state_keys)}"
+                        f"state_dtype: {key!r} is no state array; there are "
+                        f"{', '.join(state_keys) or 'none'}"
                     )
         for key in state_keys:
             dtype = self._dtype(key)
