@@ -178,3 +178,13 @@ def test_a_state_of_something_else_is_refused():
     with pytest.raises(ValueError, match=r"^state_dict: _growth_tracker: expected a number whole"):
         scaler.load_state_dict({**before, "_growth_tracker": -1})
     assert scaler.state_dict() == before
+
+
+@pytest.mark.parametrize("skipped", [None, 1, "no", fs.StepInfo(1.0, False)])
+def test_an_update_takes_true_or_false(skipped):
+    scaler = fs.LossScaler()
+    with pytest.raises(TypeError, match="skipped: expected True or False, got "):
+        scaler.update(skipped)
+    assert scaler.state_dict() == fs.LossScaler().state_dict()
+    scaler.update(np.bool_(True))
+    assert scaler.scale == 2.0**15

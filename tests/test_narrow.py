@@ -429,6 +429,16 @@ def test_a_narrow_parameter_without_anything_beside_it_warns_once():
         fs.Adam(np.zeros(3, bfloat16), master_weights="stochastic")
 
 
+def test_a_seed_may_be_numpy_s():
+    rng = np.random.default_rng(0)
+    seed = rng.integers(2**63)
+    gradient = rng.standard_normal(70).astype(np.float32)
+    params = [np.zeros(70, bfloat16), np.zeros(70, bfloat16)]
+    for param, own in zip(params, (seed, int(seed)), strict=True):
+        fs.GD(param, lr=0.01, master_weights="stochastic", seed=own).step(gradient)
+    assert_same(*params)
+
+
 F32 = np.zeros(70, np.float32)
 
 

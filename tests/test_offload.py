@@ -238,6 +238,17 @@ def test_schedules_and_changed_hyper_parameters():
     assert bits(ours) == bits(plain)
 
 
+def test_a_missing_hyper_parameter_is_named():
+    theta = np.ones(3, np.float32)
+    optimizer = OffloadedOptimizer(fs.Adam, theta)
+    lr = optimizer.param_groups[0].pop("lr")
+    with assert_unchanged(theta), pytest.raises(ValueError, match="lr: missing"):
+        optimizer.step(np.ones(3, np.float32))
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step(np.ones(3, np.float32))
+    assert optimizer.state[0]["step"] == 1
+
+
 def test_one_array_is_taken_as_one():
     theta = np.array([1.0, -2.0], np.float32)
     optimizer = OffloadedOptimizer(fs.GD, theta, lr=0.25)

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from offload_adversary import AdversaryDevice, CopyError  # noqa: E402
 
 import fusedstep as fs  # noqa: E402
+import fusedstep.offload  # noqa: E402
 import fusedstep.torch as fst  # noqa: E402
 from fusedstep.offload.torch import HostTensors, OffloadedOptimizer  # noqa: E402
 
@@ -608,3 +609,13 @@ def test_gradients_in_another_order_of_memory(clip_norm):
     info = expected.step([g.numpy() for g in grads], clip_norm=clip_norm)
     assert offloaded.step(clip_norm=clip_norm) == info
     assert all(torch.equal(p, q) for p, q in zip(ours, plain, strict=True))
+
+
+def test_tensors_may_be_given_without_an_optimizer_of_pytorch():
+    param, other = torch.ones(3), torch.ones(3)
+    optimizer = fusedstep.offload.OffloadedOptimizer(fs.Adam, [param], lr=0.1)
+    info = optimizer.step([torch.arange(3.0)], clip_norm=1.0)
+    ordinary = OffloadedOptimizer(fs.Adam, [other], lr=0.1)
+    other.grad = torch.arange(3.0)
+    assert ordinary.step(clip_norm=1.0) == info
+    assert torch.equal(param, other)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from .optim import Optimizer
     from .step_info import StepInfo
@@ -135,7 +137,17 @@ class LossScaler:
         ----------
         skipped : bool
             Whether the step (or any of them) was skipped.
+
+        Raises
+        ------
+        TypeError
+            It is neither True nor False.
         """
+        if not isinstance(skipped, bool | np.bool_):
+            raise TypeError(
+                f"skipped: expected True or False, got {type(skipped).__name__}; "
+                "of a StepInfo pass its attribute skipped"
+            )
         if skipped:
             self._growth_tracker = 0
             self._multiply(self._backoff_factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ _BESIDE = {
 }
 BLOCK = 64  # elements that share a unit
 UNITS = "_units"
+# Of saved 8-bit state: the order in which its parameter's elements lay, unless that is C order.
+ORDER = "memory_order"
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ class Storage:
                 f"master_weights: expected one of {', '.join(MASTER_WEIGHTS)}, "
                 f"got {self.master_weights!r}"
             )
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+        if not isinstance(self.seed, int | np.integer) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: expected an integer from 0 to 2**64 - 1, got {self.seed!r}")
+        object.__setattr__(self, "seed", int(self.seed))
 
     def check(self, state_keys: tuple[str, ...]) -> None:
         """Raise for what no optimizer with these state arrays can do."""
@@ -62,7 +65,8 @@ class Storage:
             for key in self.state_dtype:
                 if key not in state_keys:
                     raise ValueError(
-                        f"state_dtype: {key!r} is no state array; there are {', '.join(state_keys)}"
+                        f"state_dtype: {key!r} is no state array; there are "
+                        f"{', '.join(state_keys) or 'none'}"
                     )
         for key in state_keys:
             dtype = self._dtype(key)
@@ -157,15 +161,16 @@ def converted(
     units = entry.get(key + UNITS)
     if units is not None:
         units = gpu.to_host(units)
+        order = _saved_order(entry, param, where)
         size = math.prod(param.shape)
         _check(saved, (size,), code_dtype(key), f"{where}[{key!r}]")
         if (saved == -128).any():
             raise ValueError(f"{where}[{key!r}]: a code of -128, which stands for nothing")
         wanted = (-(-size // BLOCK),)
         _check(units, wanted, np.dtype(np.float32), f"{where}[{key + UNITS!r}]")
-        if key + UNITS in own:
+        if key + UNITS in own and order == _walk(param):
             return {key: saved, key + UNITS: units}
-        return {key: decode(saved, units, param).astype(dtype)}
+        saved = decode(saved, units, param.shape, order)
     if saved.shape != tuple(param.shape):
         raise ValueError(
             f"{where}[{key!r}]: shape {saved.shape}, but its parameter has shape "
@@ -177,7 +182,7 @@ def converted(
             raise ValueError(f"{where}[{key!r}]: negative, which a second moment never is")
         codes = np.empty(mine.shape, dtype)
         own_units = np.empty(own[key + UNITS].shape, np.float32)
-        encode(saved, codes, own_units, param)
+        encode(saved, codes, own_units, _walk(param))
         return {key: codes, key + UNITS: own_units}
     if moment and _is_moment_dtype(saved.dtype) and _is_moment_dtype(dtype):
         return {key: saved.astype(dtype)}
@@ -236,8 +241,8 @@ def new_array(
     return np.ndarray(shape, dtype, memory, offset, strides)
 
 
-def decode(codes: Array, units: Array, like: Array) -> Array:
-    """Return what 8-bit codes stand for, as float32 in the shape of a parameter.
+def decode(codes: Array, units: Array, shape: Sequence[int], order: Sequence[int]) -> Array:
+    """Return what 8-bit codes stand for, as float32.
 
     Parameters
     ----------
@@ -245,25 +250,68 @@ def decode(codes: Array, units: Array, like: Array) -> Array:
         int8 or uint8, a vector.
     units : numpy.ndarray
         float32, one for each 64 codes.
-    like : numpy.ndarray
-        The parameter, in the order of whose memory the codes are.
+    shape : sequence of int
+        Of the parameter.
+    order : sequence of int
+        The order of the codes, as `_walk` returns it.
 
     Returns
     -------
     numpy.ndarray
     """
-    values = np.empty(codes.size, np.float32)
-    _core.decode_8bit(np.ascontiguousarray(codes), np.ascontiguousarray(units), values)
-    order = _memory_order(like)
-    shape = [like.shape[d] for d in order]
-    decoded: Array = values.reshape(shape).transpose(np.argsort(order))
-    return decoded
+    flat = np.empty(codes.size, np.float32)
+    _core.decode_8bit(np.ascontiguousarray(codes), np.ascontiguousarray(units), flat)
+    values = np.empty(shape, np.float32)
+    walked = _walked(values, order)
+    walked[...] = flat.reshape(walked.shape)
+    return values
 
 
-def encode(values: Array, codes: Array, units: Array, like: Array) -> None:
-    """Round float32 values in the shape of a parameter into 8-bit codes."""
-    flat = np.array(values, np.float32).transpose(_memory_order(like)).ravel()
-    _core.encode_8bit(flat, codes, units)
+def encode(values: Array, codes: Array, units: Array, order: Sequence[int]) -> None:
+    """Round float32 values in the shape of a parameter into 8-bit codes, in the order given."""
+    _core.encode_8bit(_walked(np.array(values, np.float32), order).ravel(), codes, units)
+
+
+def memory_order(param: Any, own: Mapping[str, Any]) -> dict[str, Array]:
+    """Return what is saved beside a parameter's state so that the order of its codes is known."""
+    order = _walk(param)
+    if order == _c_order(param.shape) or not any(key.endswith(UNITS) for key in own):
+        return {}
+    return {ORDER: np.array(order)}
+
+
+def _saved_order(entry: Mapping[str, Any], param: Any, where: str) -> list[int]:
+    """Return the order in which saved codes are."""
+    c_order = _c_order(param.shape)
+    if ORDER not in entry:
+        return c_order
+    order: list[int] = gpu.to_host(entry[ORDER]).tolist()
+    if sorted(d if d >= 0 else ~d for d in order) != c_order:
+        raise ValueError(
+            f"{where}[{ORDER!r}]: {order}, but its parameter has shape {tuple(param.shape)}"
+        )
+    return order
+
+
+def _c_order(shape: Sequence[int]) -> list[int]:
+    return [d for d, length in enumerate(shape) if length > 1]
+
+
+def _walk(array: Any) -> list[int]:
+    """Return the dimensions as a step walks an array, those of length 1 left out.
+
+    A dimension d that the step walks from its end (its stride is negative) is ~d.
+    """
+    strides = gpu.strides_of(array)
+    return [~d if strides[d] < 0 else d for d in _memory_order(array) if array.shape[d] > 1]
+
+
+def _walked(array: Array, order: Sequence[int]) -> Array:
+    """Return a view whose elements, in C order, are in the order that `_walk` returned."""
+    turns: list[Any] = [slice(None, None, -1 if ~d in order else 1) for d in range(array.ndim)]
+    turned = array[(*turns, ...)]
+    axes = [d if d >= 0 else ~d for d in order]
+    return turned.transpose([d for d in range(array.ndim) if d not in axes] + axes)
 
 
 def _memory_order(array: Array) -> list[int]:

@@ -265,6 +265,9 @@ class Optimizer:
             for i, (step, arrays) in enumerate(zip(self._steps(), self._arrays, strict=True))
         }
 
+    def _all_params(self) -> list[Array]:
+        return [param for group in self.param_groups for param in group["params"]]
+
     def _steps(self) -> list[int]:
         """Return each parameter's step count, from the GPU where it is counted there."""
         if not self.capturable:
@@ -294,6 +297,8 @@ class Optimizer:
             Groups hold the indices of their parameters, and ``"param_names"`` where they have
             names. The arrays are the live state, not copies (as in PyTorch): use `copy.deepcopy`
             to keep a moment in time. A hyper-parameter that is a callable is given as None.
+            8-bit codes are in the order of their parameter's memory; where that is not C order,
+            ``"memory_order"`` has its dimensions from the outermost, and ``~d`` for a reversed one.
         """
         groups = []
         first = 0
@@ -303,7 +308,11 @@ class Optimizer:
             saved["params"] = list(range(first, first + count))
             groups.append(saved)
             first += count
-        return {"state": self.state, "param_groups": groups}
+        state = {
+            i: entry | narrow.memory_order(param, entry)
+            for (i, entry), param in zip(self.state.items(), self._all_params(), strict=True)
+        }
+        return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over state and hyper-parameters from a `state_dict`.
@@ -419,7 +428,7 @@ class Optimizer:
             raise TypeError(f"{where}: expected a dict, got {type(entry).__name__}")
         step = _checked_step(entry.get("step"), where)
         moments = {key for key in own if not key.endswith(narrow.UNITS)}
-        known = moments | {key + narrow.UNITS for key in moments} | {"step"}
+        known = moments | {key + narrow.UNITS for key in moments} | {"step", narrow.ORDER}
         extra = entry.keys() - known
         if extra:
             raise ValueError(f"{where}: {min(extra)!r} is no state of this {type(self).__name__}")
@@ -477,7 +486,8 @@ class Optimizer:
             "grads_by_group": self._grads_by_group,
             "arrays": [
                 {k: a if gpu.is_on_host(a) else gpu.to_host(a) for k, a in own.items()}
-                for own in self._arrays
+                | narrow.memory_order(param, own)
+                for own, param in zip(self._arrays, self._all_params(), strict=True)
             ],
             "steps": self._steps(),
             "capturable": self.capturable,
@@ -497,8 +507,21 @@ class Optimizer:
             elif structure == "dict":
                 params = dict(zip(group["param_names"], params, strict=True))
             self._add_group({**group, "params": params})
-        # Into arrays of our own: a copy made by pickle is not aligned as they are.
-        self._fill(saved["arrays"])
+        # Into arrays of our own: a copy made by pickle is not aligned as they are, and the
+        # parameter's copy need not be in its memory order.
+        self._fill(
+            [
+                {
+                    key: array
+                    for name in own
+                    if not name.endswith(narrow.UNITS)
+                    for key, array in narrow.converted(values, name, own, param, "state").items()
+                }
+                for values, own, param in zip(
+                    saved["arrays"], self._arrays, self._all_params(), strict=True
+                )
+            ]
+        )
         self._set_steps(saved["steps"])
 
     def __repr__(self) -> str:

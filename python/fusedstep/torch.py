@@ -275,13 +275,20 @@ class _Optimizer(torch.optim.Optimizer):
             arrays, _ = self._storage.new_state(array, keys, suffix)
             before = {"step": torch.zeros(())} if self._counts_steps() else {}
             before |= {key: _tensor(own, param) for key, own in arrays.items()}
+            before |= _order(array, arrays)
         wanted = self._storage.state_dtypes(array, keys)
         held = {}
         for key, value in before.items():
-            if key != "step":
+            if key == narrow.ORDER:
+                held[key] = value.cpu().numpy()
+            elif key != "step":
                 _check_placements(value, param, f"{where}[{key!r}]")
                 held[key] = _checked_array(value, f"{where}[{key!r}]")
-        if any(k not in held or held[k].dtype != dtype for k, dtype in wanted.items()):
+        order = _order(array, wanted)
+        kept = order.keys() == before.keys() & {narrow.ORDER} and all(
+            before[key].tolist() == value.tolist() for key, value in order.items()
+        )
+        if not kept or any(k not in held or held[k].dtype != dtype for k, dtype in wanted.items()):
             own, _ = self._storage.new_state(array, keys, suffix)
             values = narrow.fresh(array, own)
             for key in own:
@@ -292,6 +299,8 @@ class _Optimizer(torch.optim.Optimizer):
             tensors = {key: _tensor(value, param) for key, value in own.items()}
             held |= {key: _array(tensor) for key, tensor in tensors.items()}
             before |= tensors
+            before.pop(narrow.ORDER, None)
+            before |= order
         count = before.get("step")
         if count is not None and not _is_count(count):
             before["step"] = torch.tensor(float(step))
@@ -587,6 +596,12 @@ def _array(tensor: torch.Tensor) -> Any:
     else:
         array = tensor.numpy()
     return array if array.size else np.ndarray(array.shape, array.dtype, _NO_MEMORY)
+
+
+def _order(array: Any, own: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return what the state says of the memory order of a parameter with 8-bit state."""
+    order = narrow.memory_order(array, own)
+    return {key: torch.from_numpy(value) for key, value in order.items()}
 
 
 def _tensor(array: Any, param: torch.Tensor) -> torch.Tensor:

@@ -128,11 +128,12 @@ class Parameters:
                 f"{where}: {len(given)} gradients, but there are {len(members)} parameters"
             )
         return [
-            None if grad is None else self._flat_grad(i, as_array(grad))
+            None if grad is None else self._flat_grad(i, grad)
             for i, grad in zip(members, given, strict=True)
         ]
 
     def _flat_grad(self, i: int, grad: Any) -> Any:
+        grad = as_array(grad)
         param, name = self.arrays[i], f"grads{self.suffixes[i]}"
         if module_of(grad) is not module_of(param):
             raise TypeError(f"{name}: expected {_kind(param)}, as its parameter, got {_kind(grad)}")

@@ -128,6 +128,8 @@ class Parameters(boundary.Parameters):
 
     def _flat_grad(self, i: int, grad: Any) -> Gradient:
         """Check a gradient and return it as it is copied."""
+        if isinstance(grad, np.ndarray):  # a matrix cannot be made flat
+            grad = np.asarray(grad)
         param, name = self.arrays[i], f"grads{self.suffixes[i]}"
         if library_of(grad) != library_of(param):
             raise TypeError(

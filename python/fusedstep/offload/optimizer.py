@@ -417,6 +417,10 @@ class OffloadedOptimizer:
                 "param_groups: not the groups and arrays that the optimizer was made with; make a "
                 "new optimizer and load this one's state_dict()"
             )
+        for number, group in enumerate(self.param_groups):
+            for key in self._checker.defaults:
+                if key not in group:
+                    raise ValueError(f"param_groups[{number}]: {key}: missing")
 
     def _clipped(self, numbers: Numbers, norm: float, clip_norm: float | None) -> Numbers:
         if clip_norm is None:
