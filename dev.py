@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,9 +55,12 @@ def make_environment(path: Path) -> Path:
 def cuda_architectures() -> str:
     """Return what a build for this machine alone compiles, where it finds nvcc."""
     if shutil.which("nvidia-smi") is not None:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-        if listing.returncode == 0 and listing.stdout.strip():
-            return "native"
+        query = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+        listing = subprocess.run(query, capture_output=True, text=True)
+        # By number: CMake knows "native" since 3.24 only, and `info` could not say what that was.
+        found = re.findall(r"^(\d+)\.(\d)$", listing.stdout, re.MULTILINE)
+        if found:
+            return ";".join(sorted({f"{major}{minor}-real" for major, minor in found}))
     return "90-real"  # one is enough to see that it compiles
 
 
