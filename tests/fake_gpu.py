@@ -54,12 +54,13 @@ class Cupy:
     """The fake module as a test sees it."""
 
     stream: int = 0
+    capturing: bool = False
     asked: list[int] = field(default_factory=list)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def get_current_stream(device: int) -> SimpleNamespace:
             self.asked.append(device)
-            return SimpleNamespace(ptr=self.stream)
+            return SimpleNamespace(ptr=self.stream, is_capturing=lambda: self.capturing)
 
         module = ModuleType("cupy")
         module.ndarray = CupyArray

@@ -121,6 +121,7 @@ def test_what_cannot_be_captured_is_refused(gpu):
         (lambda t: 0.1, TypeError, "lr: expected a number, got function"),
         (scalar(0.1, np.float16), TypeError, "lr: float16; a GPU array is to be"),
         (CupyArray(np.zeros(2)), ValueError, "lr: shape (2,); a GPU array is to have one element"),
+        (CupyArray(np.zeros(9, np.uint8)[1:].view(float)), ValueError, "lr: not aligned"),
         (CupyArray(np.zeros(1), 1), ValueError, "lr: on GPU 1, but params[0] is on GPU 0"),
         (-1.0, ValueError, "lr: expected a finite number >= 0"),
     ):

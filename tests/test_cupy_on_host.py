@@ -23,7 +23,7 @@ def cupy(request, monkeypatch):
         module = pytest.importorskip("cupy", reason="CuPy is not installed")
     request.getfixturevalue("gpu")
     monkeypatch.setitem(sys.modules, "cupy", module)
-    stream = SimpleNamespace(ptr=7)
+    stream = SimpleNamespace(ptr=7, is_capturing=lambda: False)
     monkeypatch.setattr(module.cuda, "get_current_stream", lambda device=None: stream)
     return module
 

@@ -415,6 +415,20 @@ def test_info_says_which_code_a_gpu_runs(capability, code):
     assert info.code_for(capability, BUILT) == code
 
 
+@pytest.mark.parametrize(
+    ("built", "code"),
+    [
+        (["native"], "what 'native' stood for when it was built"),
+        (["all-major"], "what 'all-major' stood for when it was built"),
+        (["native", "90-real"], "machine code for 90"),
+        (["90a-real"], "machine code for 90"),
+        (["80-real", "100a"], "nothing: this build has no code for it"),
+    ],
+)
+def test_info_takes_architectures_by_any_name(built, code):
+    assert info.code_for("9.0", built) == code
+
+
 def test_info_describes_the_backend():
     cuda = {"architectures": "90-real", "toolkit": "13.0", "driver": "12.4", "error": None}
     cuda["devices"] = [{"name": "H200", "compute_capability": "9.0"}]

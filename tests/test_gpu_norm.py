@@ -3,10 +3,11 @@
 import gc
 import math
 import pickle
+import weakref
 
 import numpy as np
 import pytest
-from fake_gpu import CupyArray, InterfaceArray, float32
+from fake_gpu import Cupy, CupyArray, InterfaceArray, float32
 from test_clipping import OPTIMIZERS, SIZES, draw
 
 import fusedstep as fs
@@ -291,6 +292,55 @@ def test_the_memory_of_a_report_is_used_again(read, gpu, monkeypatch):
     del info
     gc.collect()
     optimizer.step(CupyArray(np.ones(10, np.float32)), clip_norm=1.0)
+
+
+def test_replays_of_a_captured_step_leave_other_reports_alone(gpu, monkeypatch):
+    library, memory, allocate = Cupy(capturing=True), [], fs.gpu.zeros
+    library.install(monkeypatch)
+    monkeypatch.setattr(fs.gpu, "zeros", lambda *args: memory.append(allocate(*args)) or memory[-1])
+    optimizer = fs.GD(CupyArray(np.ones(10, np.float32)), capturable=True)
+    allocated = len(memory)
+    captured = optimizer.step(CupyArray(np.ones(10, np.float32)), clip_norm=1.0)
+    assert len(memory) == allocated  # a capture is no time for that
+    library.capturing = False
+    (place,) = (array for array in memory if array.size == 3 and array.host.any())
+
+    def replay(norm, skipped):
+        place.host[:1] = np.array([norm]).view(np.int64)
+        place.host[2] = skipped
+
+    grads = [np.full(10, k, np.float32) for k in range(1, 5)]
+    infos = [optimizer.step(CupyArray(g), clip_norm=1.0) for g in grads]
+    for outcome in ((2.0, False), (np.inf, True)):
+        replay(*outcome)
+        assert captured == outcome
+    assert not captured.is_known
+    for info, grad in zip(infos, grads, strict=True):
+        assert info.grad_norm == pytest.approx(np.linalg.norm(grad))
+    del captured  # the graph is still there
+    info = optimizer.step(CupyArray(grads[1]), clip_norm=1.0)
+    replay(7.0, skipped=False)
+    assert info == infos[1]
+
+
+def test_memory_in_a_graph_outlives_a_larger_one(gpu, monkeypatch):
+    library = Cupy()
+    library.install(monkeypatch)
+    optimizer = fs.GD([{"params": CupyArray(np.ones(10, np.float32))}], capturable=True)
+    prepare, used = fs.gpu.Norm.prepare, []
+
+    def spy(norm):
+        info, memory = prepare(norm)
+        used.extend(map(weakref.ref, memory))
+        return info, memory
+
+    monkeypatch.setattr(fs.gpu.Norm, "prepare", spy)
+    for library.capturing in (False, True):
+        used.clear()
+        optimizer.step([CupyArray(np.ones(10, np.float32)) for _ in optimizer.state], clip_norm=1.0)
+        optimizer.add_param_group({"params": CupyArray(np.ones(10, np.float32))})
+        gc.collect()
+        assert {memory() is not None for memory in used} == {library.capturing}
 
 
 def test_a_loss_scaler_backs_off_and_grows(gpu):

@@ -1,6 +1,7 @@
 """On a GPU: narrow arrays, clipping, skipping and zeroing, as on the CPU. ``pytest -m gpu``."""
 
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -112,6 +113,30 @@ def test_the_norm_of_a_list(count, cupy):  # noqa: F811
     assert infos[0] == infos[1]
 
 
+@pytest.mark.parametrize("count", [1, 7, 1000, 5000])
+def test_lists_of_narrow_arrays(count, cupy):  # noqa: F811
+    sizes = [int(n) for n in np.random.default_rng(count).integers(0, 200, count)]
+    pair = Pair(
+        cupy, fs.Adam, DTYPES["bfloat16"], sizes=sizes,
+        state_dtype="8bit", master_weights="correction8",
+    )  # fmt: skip
+    pair.step(DTYPES["bfloat16"], clip_norm=1.0, zero_grad=True)
+
+
+def test_narrow_arrays_of_more_than_2_to_the_31_elements(cupy):  # noqa: F811
+    size = 2**31 + 12_345
+    free = cupy.cuda.runtime.memGetInfo()[0]
+    if free < 5 * size:
+        pytest.skip(f"needs {5 * size >> 30} GiB of GPU memory, {free >> 30} are free")
+    params, grads = cupy.ones(size, cupy.float16), cupy.ones(size, cupy.float16)
+    info = fs.GD(params, lr=0.25).step(grads, clip_norm=1e6, zero_grad=True)
+    assert info == (math.sqrt(size), False)
+    assert float(params.min()) == float(params.max()) == 0.75
+    assert float(grads.min()) == float(grads.max()) == 0
+    del params, grads
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
 def test_the_norm_of_a_long_array(cupy):  # noqa: F811
     grads = np.random.default_rng(0).standard_normal(50_000_003, dtype=np.float32)
     ours = fs.GD(cupy.zeros(grads.size, cupy.float32)).step(cupy.asarray(grads), clip_norm=1.0)
@@ -177,6 +202,8 @@ def test_a_captured_step_skips_and_draws_anew_at_each_replay(master_weights, cup
         with np.errstate(all="ignore"):
             skipped = pair.on_cpu.step([pair.view(g) for g in host], **options).skipped
         assert skipped == (bad is not None)
+        with stream:  # what it reports is that of this replay
+            assert infos[0].skipped == skipped
         pair.check()
     assert pair.on_gpu.state[0]["step"] == 3
 

@@ -511,6 +511,7 @@ private:
             if (view.size() != 1)
                 throw py::value_error(prefix + "lr: shape " + view.shape_text() +
                                       "; a GPU array is to have one element");
+            if (!view.aligned()) throw py::value_error(prefix + "lr: not aligned to its size; pass a copy");
             on_gpu.lr = view.data;
             on_gpu.lr_dtype = view.dtype;
         }

@@ -122,6 +122,15 @@ def copy_as_float32(target: Any, array: Any) -> None:
             target[...] = array.astype(np.float32)
 
 
+def is_captured(param: Any) -> bool:
+    """Whether work on a parameter's GPU goes into a graph now, by its library's current stream."""
+    name, library = _library(param)
+    if name == "cupy":
+        return bool(library.cuda.get_current_stream(param.data.device_id).is_capturing())
+    with library.cuda.device_of(param):
+        return bool(param.is_cuda and library.cuda.is_current_stream_capturing())
+
+
 def _bits(array: Any) -> Any:
     """Return a 16-bit array's memory as int16."""
     name, library = _library(array)
@@ -146,6 +155,13 @@ class Norm:
         self._workspace = self._integers(-(-workspace_bytes // 8))
         # One for the step that is being taken, one for the last, which may not have been read yet.
         self._outcomes = [_Outcome(self._integers(3)) for _ in range(2)]
+        # Those of captured steps, which every replay writes again.
+        self._in_graphs: list[_Outcome] = []
+
+    @property
+    def is_in_graph(self) -> bool:
+        """Whether a graph may use this memory, whatever becomes of the optimizer."""
+        return bool(self._in_graphs)
 
     def _integers(self, count: int) -> Any:
         return zeros(count, np.dtype(np.int64), self._param)
@@ -156,7 +172,11 @@ class Norm:
         if outcome is None:
             outcome = _Outcome(self._integers(3))
             self._outcomes.append(outcome)
-        return outcome.info(), (self._workspace, outcome.array)
+        captured = is_captured(self._param)
+        if captured:
+            self._outcomes.remove(outcome)
+            self._in_graphs.append(outcome)
+        return outcome.info(changes=captured), (self._workspace, outcome.array)
 
 
 class _Outcome:
@@ -171,8 +191,8 @@ class _Outcome:
         info = None if self._reader is None else self._reader()
         return info is None or info.is_known
 
-    def info(self) -> StepInfo:
-        info = StepInfo.later(self._read)
+    def info(self, *, changes: bool) -> StepInfo:
+        info = StepInfo.later(self._read, changes=changes)
         self._reader = weakref.ref(info)
         return info
 

@@ -73,6 +73,8 @@ class Optimizer:
         self._counters: list[Any] = []
         # What computes the norm of gradients on a GPU; made when it is first needed.
         self._norm: gpu.Norm | None = None
+        # Those before it that a graph may still use.
+        self._norms_in_graphs: list[gpu.Norm] = []
         self._on_gpu = False
         self._native = self._make_native()
         self._grads_by_group = False
@@ -162,6 +164,8 @@ class Optimizer:
         self._structures.append(structure)
         self._arrays += arrays
         self._counters.append(counter)
+        if self._norm is not None and self._norm.is_in_graph:
+            self._norms_in_graphs.append(self._norm)
         self._norm = None
         self._on_gpu = not gpu.is_on_host(params[0])
         if self.capturable:  # a captured step is no time to allocate

@@ -10,7 +10,9 @@ class StepInfo:
     """What a step reports. It compares and unpacks as the tuple ``(grad_norm, skipped)``.
 
     On a GPU both are computed there; they are copied to the host, which waits for the step, when
-    one of them is first read. As with an array, that is to be done on the stream of the step.
+    one of them is first read. As with an array, that is to be done on the stream of the step. What
+    a step reports that was captured in a CUDA graph is copied at each reading: it is that of the
+    latest replay, and ``(0.0, False)`` before the first.
 
     Attributes
     ----------
@@ -21,17 +23,19 @@ class StepInfo:
         Whether the step was left out because the norm was not finite.
     """
 
-    __slots__ = ("__weakref__", "_read", "_values")
+    __slots__ = ("__weakref__", "_changes", "_read", "_values")
 
     def __init__(self, grad_norm: float | None, skipped: bool) -> None:
         self._values: tuple[float | None, bool] = (grad_norm, skipped)
         self._read: Callable[[], tuple[float, bool]] | None = None
+        self._changes = False
 
     @classmethod
-    def later(cls, read: Callable[[], tuple[float, bool]]) -> StepInfo:
-        """Return what `read` returns, which is called when that is needed."""
+    def later(cls, read: Callable[[], tuple[float, bool]], *, changes: bool = False) -> StepInfo:
+        """Return what `read` returns, which is called when that is needed, or each time."""
         info = cls(None, False)
         info._read = read
+        info._changes = changes
         return info
 
     @property
@@ -50,7 +54,8 @@ class StepInfo:
     def _known(self) -> tuple[float | None, bool]:
         if self._read is not None:
             self._values = self._read()
-            self._read = None
+            if not self._changes:
+                self._read = None
         return self._values
 
     def __iter__(self) -> Iterator[Any]:

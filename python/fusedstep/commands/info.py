@@ -109,13 +109,20 @@ def code_for(capability: str, architectures: list[str]) -> str:
     """Return which of a build's code a GPU runs.
 
     Machine code ("90-real") runs on GPUs of its generation that are no older; PTX ("90-virtual") is
-    compiled by the driver for any that is no older; "90" is both.
+    compiled by the driver for any that is no older; "90" is both. "90a" and "90f" have code that
+    is taken for that GPU alone here; "native" and "all" do not say what they stand for.
     """
     major, minor = map(int, capability.split("."))
     fitting = []
     for architecture in architectures:
-        number, _, kind = architecture.partition("-")
+        name, _, kind = architecture.partition("-")
+        number = name.rstrip("af")
+        if not number.isdigit():
+            fitting.append((-1, (0, 0), f"what {architecture!r} stood for when it was built"))
+            continue
         own = divmod(int(number), 10)
+        if number != name and own != (major, minor):
+            continue
         if kind != "virtual" and own[0] == major and own[1] <= minor:
             fitting.append((1, own, f"machine code for {number}"))
         if kind != "real" and own <= (major, minor):
