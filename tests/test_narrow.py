@@ -508,6 +508,24 @@ def test_a_state_that_does_not_fit_is_refused(change, error, message):
         optimizer.load_state_dict(saved)
 
 
+@pytest.mark.filterwarnings("ignore:params")
+@pytest.mark.parametrize(
+    ("saved", "own", "message"),
+    [
+        (None, "float32", "no 'master'; make the optimizer with the master_weights"),
+        ("float32", None, "'master' is no state of this GD; make the optimizer with the master_"),
+        ("correction16", "correction8", r"\['correction'\]: uint16"),
+    ],
+)
+def test_state_of_other_master_weights_is_refused(saved, own, message):
+    old = fs.GD(np.ones(70, bfloat16), momentum=0.9, master_weights=saved)
+    old.step(np.ones(70, np.float32))
+    new = fs.GD(np.ones(70, bfloat16), momentum=0.9, master_weights=own)
+    with pytest.raises((TypeError, ValueError), match=message):
+        new.load_state_dict(old.state_dict())
+    assert new.state[0]["step"] == 0
+
+
 @pytest.mark.parametrize("grad_dtype", [float32, bfloat16, float16])
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
 def test_clipping_and_zeroing_with_narrow_arrays(isa, grad_dtype, state_dtype):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -435,13 +435,16 @@ class Optimizer:
         known = moments | {key + narrow.UNITS for key in moments} | {"step", narrow.ORDER}
         extra = entry.keys() - known
         if extra:
-            raise ValueError(f"{where}: {min(extra)!r} is no state of this {type(self).__name__}")
+            raise ValueError(
+                f"{where}: {min(extra)!r} is no state of this {type(self).__name__}"
+                f"{_how_to_mend(extra)}"
+            )
         if step == 0 and not entry.keys() & own.keys():
             return narrow.fresh(param, own), 0
         arrays: dict[str, Array] = {}
         for key in moments:
             if key not in entry:
-                raise ValueError(f"{where}: no {key!r}")
+                raise ValueError(f"{where}: no {key!r}{_how_to_mend({key})}")
             arrays |= narrow.converted(entry, key, own, param, where)
         return arrays, step
 
@@ -842,6 +845,12 @@ def _warn_of_rounding(
                 stacklevel=5,
             )
             return
+
+
+def _how_to_mend(keys: Collection[str]) -> str:
+    if any(key in ("master", "correction") for key in keys):
+        return "; make the optimizer with the master_weights that the saved one was made with"
+    return ""
 
 
 def _checked_step(step: Any, where: str) -> int:
