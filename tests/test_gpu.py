@@ -13,7 +13,12 @@ from helpers import GD_CHOICES, combinations, describe
 
 import fusedstep as fs
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:::cupy")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:::cupy"),
+    # CuPy 14 has another way, which CuPy 13 does not know.
+    pytest.mark.filterwarnings("ignore:ExternalStream is deprecated:DeprecationWarning"),
+]
 
 ADAM = ("exp_avg", "exp_avg_sq")
 ADAM_CHOICES = {
