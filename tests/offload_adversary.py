@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from fusedstep.distributed.boundary import address_of
 from fusedstep.offload import HostDevice
-from fusedstep.offload.device import address_of
 
 GARBAGE = 0xFF  # a NaN in every type
 

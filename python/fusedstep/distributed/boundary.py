@@ -17,6 +17,46 @@ if TYPE_CHECKING:
     from ..optim import Params
 
 
+class Spans:
+    """Where the memory of parameters lies, which must not overlap.
+
+    Parameters
+    ----------
+    memories : sequence
+        Each parameter's memory, in one piece: arrays of NumPy or CuPy, or tensors.
+    suffixes : sequence of str
+        What follows "params" in an error.
+
+    Raises
+    ------
+    ValueError
+        Two of them overlap.
+    """
+
+    def __init__(self, memories: Sequence[Any], suffixes: Sequence[str]) -> None:
+        self._suffixes = suffixes
+        self._spans = sorted(
+            (address_of(memory), address_of(memory) + memory.nbytes, i)
+            for i, memory in enumerate(memories)
+            if memory.nbytes
+        )
+        for (_, end, i), (start, _, j) in zip(self._spans, self._spans[1:], strict=False):
+            if start < end:
+                raise ValueError(f"params{suffixes[i]}: overlaps params{suffixes[j]}")
+        self._starts = [start for start, _, _ in self._spans]
+
+    def check(self, memory: Any, name: str) -> None:
+        """Raise ValueError if a gradient shares memory with a parameter."""
+        if not memory.nbytes:
+            return
+        start = address_of(memory)
+        # Parameters do not overlap: only the last that begins before the gradient's end can.
+        last = bisect_left(self._starts, start + memory.nbytes) - 1
+        if last >= 0 and self._spans[last][1] > start:
+            suffix = self._suffixes[self._spans[last][2]]
+            raise ValueError(f"{name}: overlaps params{suffix}, which the step writes")
+
+
 class Parameters:
     """The parameters of an optimizer, whole and as flat views.
 
@@ -78,15 +118,7 @@ class Parameters:
                 )
         self.flat = [array.reshape(-1) for array in self.arrays]
         self.group_of = [number for number, own in enumerate(self.members) for _ in own]
-        self._spans = sorted(
-            (_address(flat), _address(flat) + flat.nbytes, i)
-            for i, flat in enumerate(self.flat)
-            if flat.size
-        )
-        for (_, end, i), (start, _, j) in zip(self._spans, self._spans[1:], strict=False):
-            if start < end:
-                raise ValueError(f"params{self.suffixes[i]}: overlaps params{self.suffixes[j]}")
-        self._span_starts = [start for start, _, _ in self._spans]
+        self._spans = Spans(self.flat, self.suffixes)
 
     def flat_grads(self, grads: Any) -> list[Any]:
         """Return the gradient of each parameter as a flat array, or None.
@@ -142,15 +174,7 @@ class Parameters:
         if grad.shape != param.shape:
             raise ValueError(f"{name}: shape {grad.shape}, but its parameter has {param.shape}")
         flat = grad.reshape(-1)
-        if flat.size:
-            start = _address(flat)
-            # Parameters do not overlap: only the last that begins before the gradient's end can.
-            last = bisect_left(self._span_starts, start + flat.nbytes) - 1
-            if last >= 0 and self._spans[last][1] > start:
-                raise ValueError(
-                    f"{name}: overlaps params{self.suffixes[self._spans[last][2]]}, which the "
-                    f"step writes"
-                )
+        self._spans.check(flat, name)
         return flat
 
     def facts(self, values: bool) -> list[str]:
@@ -195,10 +219,11 @@ def module_of(array: Any) -> Any:
     return None
 
 
-def _address(array: Any) -> int:
-    if isinstance(array, np.ndarray):
-        return int(array.__array_interface__["data"][0])
-    return int(array.data.ptr)
+def address_of(memory: Any) -> int:
+    """Return where an array, or a tensor of PyTorch, begins in memory."""
+    if isinstance(memory, np.ndarray):
+        return int(memory.__array_interface__["data"][0])
+    return int(memory.data_ptr() if hasattr(memory, "data_ptr") else memory.data.ptr)
 
 
 def _checksum(flat: Any) -> int:

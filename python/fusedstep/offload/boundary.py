@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 from .. import _core
 from ..distributed import boundary
 from ..optim import _are_groups, _structure, _suffixes
-from .device import Device, address_of, device_of, dtype_of, kind_of, library_of
+from .device import Device, device_of, dtype_of, kind_of, library_of
 
 
 class Gradient(NamedTuple):
@@ -105,15 +104,7 @@ class Parameters(boundary.Parameters):
                     f"{self.dtypes[i]} of shape {self.shapes[i]} when the optimizer was made"
                 )
             self.memory.append(self._memory(array, array, name))
-        self._spans = sorted(
-            (address_of(memory), address_of(memory) + memory.nbytes, i)
-            for i, memory in enumerate(self.memory)
-            if memory.nbytes
-        )
-        for (_, end, i), (start, _, j) in zip(self._spans, self._spans[1:], strict=False):
-            if start < end:
-                raise ValueError(f"params{self.suffixes[i]}: overlaps params{self.suffixes[j]}")
-        self._span_starts = [start for start, _, _ in self._spans]
+        self._spans = boundary.Spans(self.memory, self.suffixes)
         self._places = places
 
     def as_copied(self, grads: Sequence[Any]) -> list[Gradient | None]:
@@ -152,15 +143,7 @@ class Parameters(boundary.Parameters):
                 f"{name}: shape {tuple(grad.shape)}, but its parameter has {self.shapes[i]}"
             )
         memory = self._memory(grad, param, name)
-        if memory.nbytes:
-            start = address_of(memory)
-            # Parameters do not overlap: only the last that begins before the gradient's end can.
-            last = bisect_left(self._span_starts, start + memory.nbytes) - 1
-            if last >= 0 and self._spans[last][1] > start:
-                raise ValueError(
-                    f"{name}: overlaps params{self.suffixes[self._spans[last][2]]}, which the "
-                    f"step writes"
-                )
+        self._spans.check(memory, name)
         return Gradient(memory, dtype_of(grad))
 
 

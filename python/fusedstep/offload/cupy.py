@@ -54,24 +54,22 @@ class CupyDevice:
             return cupy.cuda.get_current_stream().record()
 
     def download(self, pairs: Sequence[tuple[Any, Bytes]], marks: Sequence[Any]) -> Copy:
-        with self._device:
-            for mark in marks:
-                self._down.wait_event(mark)
-            for source, target in pairs:
-                cupy.cuda.runtime.memcpyAsync(
-                    target.ctypes.data, source.data.ptr, target.nbytes, _TO_HOST, self._down.ptr
-                )
-            return _Copy(self._down.record(_event()), pairs)
+        moves = [(target.ctypes.data, source.data.ptr, target.nbytes) for source, target in pairs]
+        return self._copy(self._down, _TO_HOST, moves, pairs, marks)
 
     def upload(self, pairs: Sequence[tuple[Bytes, Any]], marks: Sequence[Any]) -> Copy:
+        moves = [(target.data.ptr, source.ctypes.data, source.nbytes) for source, target in pairs]
+        return self._copy(self._up, _TO_DEVICE, moves, pairs, marks)
+
+    def _copy(
+        self, stream: Any, kind: int, moves: Sequence[Any], pairs: Any, marks: Sequence[Any]
+    ) -> Copy:
         with self._device:
             for mark in marks:
-                self._up.wait_event(mark)
-            for source, target in pairs:
-                cupy.cuda.runtime.memcpyAsync(
-                    target.data.ptr, source.ctypes.data, source.nbytes, _TO_DEVICE, self._up.ptr
-                )
-            return _Copy(self._up.record(_event()), pairs)
+                stream.wait_event(mark)
+            for target, source, size in moves:
+                cupy.cuda.runtime.memcpyAsync(target, source, size, kind, stream.ptr)
+            return _Copy(stream.record(_event()), pairs)
 
 
 class _Copy:

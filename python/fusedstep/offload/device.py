@@ -148,10 +148,3 @@ def dtype_of(array: Any) -> np.dtype[Any]:
 def kind_of(value: Any) -> str:
     """Return a value's type, as errors name it."""
     return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def address_of(memory: Any) -> int:
-    """Return where a vector of bytes that `Device.memory` made begins."""
-    if isinstance(memory, np.ndarray):
-        return int(memory.__array_interface__["data"][0])
-    return int(memory.data_ptr() if hasattr(memory, "data_ptr") else memory.data.ptr)

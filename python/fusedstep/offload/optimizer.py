@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import narrow
+from ..distributed.boundary import address_of
 from ..optim import Optimizer
 from ..step_info import StepInfo
 from .boundary import Gradient, Parameters
-from .device import Device, address_of
+from .device import Device
 from .layout import BLOCK, Piece, cut, places
 from .overlap import Overlap
 from .pipeline import BucketStep, Numbers, Pipeline
