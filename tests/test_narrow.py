@@ -135,7 +135,7 @@ def low_random_bits(count, step):
     block = np.arange(1, -(-count // 64) + 1, dtype=np.uint64)
     start = mix(stream + block * np.uint64(golden)).astype(np.uint32)
     lanes = np.arange(64, dtype=np.uint32) * np.uint32(0x9E3779B9)
-    return (start[:, np.newaxis] + lanes).ravel()[:count]
+    return (start[:, np.newaxis] ^ lanes).ravel()[:count]
 
 
 def read_moment(state, key):
@@ -260,6 +260,45 @@ def test_threads_and_layouts_do_not_matter(isa, options):
     assert not wide[:, 1::2].astype(np.float32).any()
 
 
+# The greatest NaN of each sign, which rounding up would make zeros of, and some others.
+NANS = np.array([0x7FFF, 0xFFFF, 0x7FC0, 0x7F81, 0xFF81], np.uint16).view(bfloat16)
+
+
+@pytest.mark.parametrize("where", ["param", "grad", "exp_avg"])
+@pytest.mark.parametrize("options", [
+    {"state_dtype": "bfloat16", "master_weights": None},
+    {"state_dtype": None, "master_weights": None},
+    {"state_dtype": "8bit", "master_weights": "stochastic"},
+    {"state_dtype": "8bit", "master_weights": "correction8"},
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:params")
+def test_a_nan_stays_a_nan_in_every_layout(isa, options, where):
+    rng = np.random.default_rng(11)
+    count, at = 256, slice(70, 70 + NANS.size)
+    values = {key: rng.standard_normal(count).astype(bfloat16) for key in ("param", "grad")}
+    if where in values:
+        values[where][at] = NANS
+    results = []
+    for stride in (1, 2):  # in one pass, and by way of tiles
+        param, grad = (np.zeros((count, stride), bfloat16)[:, 0] for _ in range(2))
+        param[:], grad[:] = values["param"], values["grad"]
+        optimizer = fs.Adam(param, lr=0.01, seed=SEED, **options)
+        if where == "exp_avg":
+            state = optimizer.state[0]
+            if "exp_avg_units" in state:
+                state["exp_avg_units"][1] = np.uint32(0x7FFFFFFF).view(float32)
+            else:
+                state["exp_avg"][at] = NANS
+        optimizer.step(grad)
+        results.append(param.copy())
+    fused, tiled = results
+    assert np.isnan(fused[at].astype(float32)).all()
+    finite = ~np.isnan(tiled.astype(float32))
+    assert finite.sum() >= count - 64
+    assert np.array_equal(np.isnan(fused.astype(float32)), ~finite)
+    assert_same(fused[finite], tiled[finite])
+
+
 def test_reversed_and_transposed_parameters_keep_their_order():
     rng = np.random.default_rng(4)
     values = rng.standard_normal((40, 50)).astype(np.float32)
@@ -362,6 +401,17 @@ def test_state_is_converted_when_it_is_loaded(saved, own):
             np.abs(after - before) <= tolerance * np.abs(before) + tolerance * block / 200
         ).all()
         assert np.array_equal(np.sign(after)[after != 0], np.sign(before)[after != 0])
+
+
+def test_a_second_moment_of_negative_zero_is_a_zero():
+    param = np.ones(70, np.float32)
+    saved = copy.deepcopy(fs.Adam(param).state_dict())
+    saved["state"][0]["exp_avg_sq"][:] = [-0.0] * 35 + [1.0] * 35
+    optimizer = fs.Adam(param, state_dtype="8bit")
+    optimizer.load_state_dict(saved)
+    moment = read_moment(optimizer.state[0], "exp_avg_sq")
+    assert not moment[:35].any()
+    assert np.allclose(moment[35:], 1.0, rtol=0.1)
 
 
 def test_a_pytorch_state_loads():

@@ -64,9 +64,9 @@ def test_splitmix64_gives_its_published_sequence():
     assert words.tolist() == [word >> 32 for word in published]
 
 
-def test_random_bits_within_a_block_step_by_the_golden_ratio():
-    first, second = (int(b) for b in random_bits(1, step=7)[0, :2])
-    assert (second - first) % 2**32 == 0x9E3779B9
+def test_random_bits_within_a_block_are_multiples_of_the_golden_ratio_with_bits_flipped():
+    bits = random_bits(1, step=7)[0].astype(np.uint64)
+    assert ((bits ^ bits[0]) == np.arange(64, dtype=np.uint64) * 0x9E3779B9 % 2**32).all()
 
 
 def test_random_bits_differ_by_step_seed_and_block_and_are_uniform():

@@ -1,6 +1,6 @@
 // The loops over memory of the storage formats, in blocks of 64 elements: into float32 and back. They own no
 // mathematics. `Elements` is a format in which every element stands for itself, `Blocks` one in which those
-// of a block share a scale.
+// of a block share a scale. The vectors of a block are numbered; an order says which elements are in each.
 #pragma once
 
 #include <cstdint>
@@ -10,19 +10,22 @@
 #include "../core/format.hpp"
 #include "../core/stream.hpp"
 #include "../formats/eight_bit.hpp"
+#include "../formats/native.hpp"
 #include "../formats/random.hpp"
 #include "../rules/inline.hpp"
+#include "natural_order.hpp"
 
 namespace fusedstep {
 
 // One stream's part of a block, in memory.
-template <class Format, class V>
+template <class Format, class V, class Order = Natural<V>>
 class Elements {
 public:
     using Item = typename Format::Item;
     static constexpr bool has_extra = !std::is_void_v<typename Format::Extra>;
-    static constexpr bool blockwise = false;
-    static constexpr bool random = Format::random;
+    static constexpr bool random = Format::random != 0;
+    static constexpr bool native = std::is_same_v<Format, Native>;
+    static constexpr bool nan_is_bfloat16 = Format::nan_is_bfloat16;
     using Extra = std::conditional_t<has_extra, typename Format::Extra, uint8_t>;
     using B = typename V::Bits;
 
@@ -33,91 +36,141 @@ public:
         : items_(static_cast<Item*>(stream.items) + at),
           extras_(has_extra ? static_cast<Extra*>(stream.extras) + at : nullptr) {}
 
-    FUSEDSTEP_INLINE V decode(int i) const {
-        B extra;
-        if constexpr (has_extra) extra = B::load(extras_ + i);
-        return Format::template decode<V>(B::load(items_ + i), extra);
+    FUSEDSTEP_INLINE V decode(int vector) const {
+        const auto item = Order::load(items_, vector);
+        if constexpr (has_extra)
+            return Format::template decode<V>(item, Order::load(extras_, vector));
+        else
+            return Format::template decode<V>(item);
     }
 
-    // Nothing to know of the other elements before one is encoded.
-    FUSEDSTEP_INLINE void observe(V) {}
-    FUSEDSTEP_INLINE void set_scale(uint64_t random) { start_ = static_cast<uint32_t>(random); }
+    FUSEDSTEP_INLINE void write(int vector, V value) const {
+        static_assert(native);
+        Order::store(items_, vector, bits_of(value));
+    }
 
-    FUSEDSTEP_INLINE void encode(int i, const V (&values)[4]) const {
-        if (any_nan(values)) {
-            encode_four<true>(i, values);
+    // What is the same for the elements of a block that are encoded. Nothing is to be known of the others before.
+    struct Scale {
+        uint32_t random;
+    };
+    FUSEDSTEP_INLINE void observe(V) {}
+    FUSEDSTEP_INLINE Scale scale(uint64_t random) const { return {static_cast<uint32_t>(random)}; }
+
+    // Four vectors from `vector` on.
+    template <bool may_be_nan>
+    FUSEDSTEP_INLINE void encode(int vector, const V (&values)[4], const Scale& scale) const {
+        if (may_be_nan && any_nan(values)) {
+            encode_four<true>(vector, values, scale);
         } else {
-            encode_four<false>(i, values);
+            encode_four<false>(vector, values, scale);
         }
+    }
+    FUSEDSTEP_INLINE void finish(const Scale&) const {}
+
+    // The next block, and the one before.
+    FUSEDSTEP_INLINE void advance() { move(block_elements); }
+    FUSEDSTEP_INLINE Elements before() const {
+        Elements copy = *this;
+        copy.move(-block_elements);
+        return copy;
     }
 
 private:
-    template <bool may_be_nan>
-    FUSEDSTEP_INLINE void encode_four(int i, const V (&values)[4]) const {
+    template <bool has_nan>
+    FUSEDSTEP_INLINE void encode_four(int vector, const V (&values)[4], const Scale& scale) const {
         B items[4], extras[4];
         for (int u = 0; u < 4; ++u) {
             B bits;
-            if constexpr (Format::random) {
-                bits = random_bits(start_, B::lane_numbers() + B(i + u * V::lanes));
-            }
-            Format::template encode<may_be_nan, V>(values[u], bits, items[u], extras[u]);
+            if constexpr (random) bits = random_bits<Format::random>(scale.random, Order::elements(vector + u));
+            Format::template encode<has_nan, V>(values[u], bits, items[u], extras[u]);
         }
-        B::store(items_ + i, items);
-        if constexpr (has_extra) B::store(extras_ + i, extras);
+        if constexpr (sizeof(Item) == 2)
+            Order::store_upper(items_, vector, items);
+        else
+            Order::store(items_, vector, items);
+        if constexpr (has_extra) {
+            auto* const block = reinterpret_cast<std::make_unsigned_t<Extra>*>(extras_);
+            if constexpr (sizeof(Extra) == 1)
+                Order::store_middle(block, vector, extras);
+            else
+                Order::store(block, vector, extras);
+        }
+    }
+
+    FUSEDSTEP_INLINE void move(int64_t elements) {
+        items_ += elements;
+        if constexpr (has_extra) extras_ += elements;
     }
 
     Item* items_;
     Extra* extras_;
-    uint32_t start_ = 0;
 };
 
-template <class Format, class V>
+template <class Format, class V, class Order = Natural<V>>
 class Blocks {
 public:
     using Item = typename Format::Item;
-    static constexpr bool blockwise = true;
     static constexpr bool random = true;
+    static constexpr bool native = false;
+    static constexpr bool nan_is_bfloat16 = true;
     using B = typename V::Bits;
 
     static constexpr size_t extra_bytes(int64_t count) { return block_count(count) * sizeof(float); }
 
     FUSEDSTEP_INLINE Blocks(const Stream& stream, int64_t at)
-        : codes_(static_cast<Item*>(stream.items) + at),
-          unit_at_(static_cast<float*>(stream.extras) + at / block_elements),
-          unit_(*unit_at_) {}
-
-    FUSEDSTEP_INLINE V decode(int i) const { return Format::template decode<V>(B::load(codes_ + i), unit_); }
-
-    // Every element is observed, and then the scale is set, before any is encoded.
-    FUSEDSTEP_INLINE void observe(V value) { greatest_ = max(greatest_, magnitude(bits_of(value))); }
-
-    FUSEDSTEP_INLINE void set_scale(uint64_t random) {
-        start_ = static_cast<uint32_t>(random >> 32);
-        const B greatest = greatest_.greatest();
-        finite_ = is_finite_block(greatest.first());
-        const BlockScale<V> scale = scale_of<Format>(from_bits(greatest));
-        const uint32_t unit = finite_ ? bits_of(scale.unit).first() : nan_bits;
-        std::memcpy(unit_at_, &unit, sizeof unit);
-        reciprocal_ = scale.reciprocal;
+        : Blocks(static_cast<Item*>(stream.items) + at, static_cast<uint32_t*>(stream.extras) + at / block_elements) {
+        read_unit();
     }
 
-    FUSEDSTEP_INLINE void encode(int i, const V (&values)[4]) const {
+    FUSEDSTEP_INLINE V decode(int vector) const {
+        return Format::template decode<V>(Order::load(codes_, vector), unit_);
+    }
+
+    struct Scale {
+        V reciprocal;
+        uint32_t random;
+        bool finite;
+    };
+
+    // Every element is observed before the scale is known, which replaces the old one.
+    FUSEDSTEP_INLINE void observe(V value) { greatest_ = max(greatest_, Format::size(bits_of(value))); }
+    FUSEDSTEP_INLINE Scale scale(uint64_t random) const {
+        const B greatest = greatest_.greatest();
+        const bool finite = is_finite_block(greatest.first());
+        const BlockScale<V> scale = scale_of<Format>(from_bits(greatest));
+        *unit_at_ = finite ? bits_of(scale.unit).first() : nan_bits;
+        return {scale.reciprocal, static_cast<uint32_t>(random >> 32), finite};
+    }
+
+    template <bool>
+    FUSEDSTEP_INLINE void encode(int vector, const V (&values)[4], const Scale& scale) const {
         B codes[4];
         for (int u = 0; u < 4; ++u) {
-            codes[u] = Format::template encode<V>(bits_of(values[u]), reciprocal_,
-                                                  random_bits(start_, B::lane_numbers() + B(i + u * V::lanes)));
+            codes[u] = Format::template encode<V>(bits_of(values[u]), scale.reciprocal,
+                                                  rounding_of(scale.random, Order::elements(vector + u)));
         }
-        B::store(codes_ + i, codes);
-        if (!finite_) std::memset(codes_ + i, 0, 4 * V::lanes);
+        Order::store(codes_, vector, codes);
     }
 
+    // After all of the block has been encoded.
+    FUSEDSTEP_INLINE void finish(const Scale& scale) const {
+        if (!scale.finite) std::memset(codes_, 0, block_elements);
+    }
+
+    FUSEDSTEP_INLINE void advance() {
+        *this = Blocks(codes_ + block_elements, unit_at_ + 1);
+        read_unit();
+    }
+    FUSEDSTEP_INLINE Blocks before() const { return Blocks(codes_ - block_elements, unit_at_ - 1); }
+
 private:
+    FUSEDSTEP_INLINE Blocks(Item* codes, uint32_t* unit_at) : codes_(codes), unit_at_(unit_at) {}
+    FUSEDSTEP_INLINE void read_unit() { unit_ = from_bits(B(unit_of(*unit_at_))); }
+
     Item* codes_;
-    float* unit_at_;
-    V unit_, reciprocal_;
+    uint32_t* unit_at_;
+    V unit_;
     B greatest_{0u};
-    uint32_t start_;
-    bool finite_;
 };
 
 // A copy of the first elements of a block, in memory that has room for all of it.
@@ -149,18 +202,21 @@ private:
 
 template <class Access, class V>
 FUSEDSTEP_INLINE void decode_block(const Access& block, float* values) {
-    for (int i = 0; i < block_elements; i += V::lanes) block.decode(i).store(values + i);
+    for (int vector = 0; vector < block_elements / V::lanes; ++vector) {
+        block.decode(vector).store(values + vector * V::lanes);
+    }
 }
 
 template <class Access, class V>
 FUSEDSTEP_INLINE void encode_block(Access&& block, const float* values, uint64_t random) {
     for (int i = 0; i < block_elements; i += V::lanes) block.observe(V::load(values + i));
-    block.set_scale(random);
-    for (int i = 0; i < block_elements; i += 4 * V::lanes) {
+    const auto scale = block.scale(random);
+    for (int vector = 0; vector < block_elements / V::lanes; vector += 4) {
         V four[4];
-        for (int u = 0; u < 4; ++u) four[u] = V::load(values + i + u * V::lanes);
-        block.encode(i, four);
+        for (int u = 0; u < 4; ++u) four[u] = V::load(values + (vector + u) * V::lanes);
+        block.template encode<true>(vector, four, scale);
     }
+    block.finish(scale);
 }
 
 // Elements [at, at + count), where `at` begins a block. `values` has room for whole blocks.

@@ -20,7 +20,7 @@ public:
     static void run(const Stream* streams, int64_t begin, int64_t count, const void* scalars, uint64_t random) {
         if (count == 0) return;
         const auto loop = [&](const auto& s) __attribute__((always_inline)) {
-            run_blocks(streams, begin, begin + count, s, random, std::make_index_sequence<sizeof...(Accesses)>());
+            run_blocks(streams, begin, count, s, random, std::make_index_sequence<sizeof...(Accesses)>());
         };
         with_constants(*static_cast<const typename Rule::template Scalars<float>*>(scalars), loop);
     }
@@ -28,61 +28,83 @@ public:
 private:
     static_assert(sizeof...(Accesses) == Rule::streams);
     using Block = std::tuple<Accesses...>;
+    using Scales = std::tuple<typename Accesses::Scale...>;
     using State = float[Rule::streams][block_elements];
 
-    static constexpr bool is_written(size_t k) { return (Rule::written >> k & 1) != 0; }
-    static constexpr bool is_state(size_t k) { return k > 0 && is_written(k); }
+    static constexpr bool is_state(size_t k) { return k > 0 && (Rule::written >> k & 1) != 0; }
+    // Between the stages, state that is encoded.
+    static constexpr bool is_kept(size_t k) { return is_state(k) && !written_at_once[k]; }
+    static constexpr bool written_at_once[] = {Accesses::native...};
+    // Rounding a NaN needs care, except where none can come up that is not a bfloat16.
+    static constexpr bool may_be_nan = !(Accesses::nan_is_bfloat16 && ...);
 
     template <class Scalars, size_t... k>
-    FUSEDSTEP_INLINE static void run_blocks(const Stream* streams, int64_t at, int64_t end, const Scalars& scalars,
+    FUSEDSTEP_INLINE static void run_blocks(const Stream* streams, int64_t at, int64_t count, const Scalars& scalars,
                                             uint64_t random, std::index_sequence<k...> all) {
         alignas(64) State states[2];
         Block block(Accesses(streams[k], at)...);
-        stages<true, false>(block, states[0], block, states[1], scalars, all);
+        stages<true, false>(block, states[0], block, Scales(), states[1], scalars, all);
+        uint64_t number = static_cast<uint64_t>(at) / block_elements;
         for (int parity = 0;; parity ^= 1) {
-            const uint64_t bits = (Accesses::random || ...) ? random_block(random, at / block_elements) : 0;
-            (std::get<k>(block).set_scale(bits), ...);
-            at += block_elements;
-            if (at == end) {
-                stages<false, true>(block, states[parity ^ 1], block, states[parity], scalars, all);
+            const uint64_t bits = (Accesses::random || ...) ? random_block(random, number++) : 0;
+            const Scales scales(std::get<k>(block).scale(bits)...);
+            if ((count -= block_elements) == 0) {
+                stages<false, true>(block, states[parity ^ 1], block, scales, states[parity], scalars, all);
                 return;
             }
-            Block next(Accesses(streams[k], at)...);
-            stages<true, true>(next, states[parity ^ 1], block, states[parity], scalars, all);
-            block = next;
+            (std::get<k>(block).advance(), ...);
+            const Block before(std::get<k>(block).before()...);
+            stages<true, true>(block, states[parity ^ 1], before, scales, states[parity], scalars, all);
         }
     }
 
     // The first stage of `block`, and the second of the block before it.
     template <bool first, bool second, class Scalars, size_t... k>
-    FUSEDSTEP_INLINE static void stages(Block& block, State& state, const Block& before, const State& state_before,
-                                        const Scalars& scalars, std::index_sequence<k...>) {
+    FUSEDSTEP_INLINE static void stages(Block& block, State& state, const Block& before, const Scales& scales,
+                                        const State& state_before, const Scalars& scalars, std::index_sequence<k...>) {
 #pragma GCC unroll 2
-        for (int i = 0; i < block_elements; i += 4 * V::lanes) {
-            V done[4][Rule::streams];
+        for (int vector = 0; vector < block_elements / V::lanes; vector += 4) {
+            V done[4];
 #pragma GCC unroll 4
             for (int u = 0; u < 4; ++u) {
-                const int j = i + u * V::lanes;
+                V values[Rule::streams];
                 if constexpr (first) {
-                    V values[Rule::streams];
-                    ((values[k] = std::get<k>(block).decode(j)), ...);
+                    ((values[k] = std::get<k>(block).decode(vector + u)), ...);
                     Rule::update_state(values, scalars);
-                    ((is_state(k) ? (std::get<k>(block).observe(values[k]), values[k].store(state[k] + j)) : void()),
-                     ...);
+                    (keep<k>(block, state, vector + u, values[k]), ...);
                 }
                 if constexpr (second) {
-                    ((done[u][k] = is_state(k) ? V::load(state_before[k] + j) : std::get<k>(before).decode(j)), ...);
-                    Rule::update_parameter(done[u], scalars);
+                    ((values[k] = is_kept(k) ? V::load(state_before[k] + (vector + u) * V::lanes)
+                                             : std::get<k>(before).decode(vector + u)),
+                     ...);
+                    Rule::update_parameter(values, scalars);
+                    done[u] = values[0];
                 }
             }
-            if constexpr (second) (encode<k>(before, i, done), ...);
+            if constexpr (second) {
+                std::get<0>(before).template encode<may_be_nan>(vector, done, std::get<0>(scales));
+                (encode_kept<k>(before, std::get<k>(scales), state_before, vector), ...);
+            }
         }
+        if constexpr (second) (std::get<k>(before).finish(std::get<k>(scales)), ...);
     }
 
     template <size_t k>
-    FUSEDSTEP_INLINE static void encode(const Block& block, int i, const V (&values)[4][Rule::streams]) {
-        if constexpr (is_written(k)) {
-            std::get<k>(block).encode(i, {values[0][k], values[1][k], values[2][k], values[3][k]});
+    FUSEDSTEP_INLINE static void keep(Block& block, State& state, int vector, V value) {
+        if constexpr (is_kept(k)) {
+            std::get<k>(block).observe(value);
+            value.store(state[k] + vector * V::lanes);
+        } else if constexpr (is_state(k)) {
+            std::get<k>(block).write(vector, value);
+        }
+    }
+
+    template <size_t k, class Scale>
+    FUSEDSTEP_INLINE static void encode_kept(const Block& block, const Scale& scale, const State& state, int vector) {
+        if constexpr (is_kept(k)) {
+            V values[4];
+            for (int u = 0; u < 4; ++u) values[u] = V::load(state[k] + (vector + u) * V::lanes);
+            std::get<k>(block).template encode<may_be_nan>(vector, values, scale);
         }
     }
 };

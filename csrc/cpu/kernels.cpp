@@ -24,31 +24,31 @@ namespace fusedstep::FUSEDSTEP_ISA {
 namespace {
 
 // How a format is accessed, by its name in the table of formats: a line for each.
-template <Format format>
+template <Format format, class Order>
 struct AccessOf;
-template <>
-struct AccessOf<Format::native> : std::common_type<Elements<Native, F32>> {};
-template <>
-struct AccessOf<Format::bfloat16> : std::common_type<Elements<BFloat16, F32>> {};
-template <>
-struct AccessOf<Format::float16> : std::common_type<Elements<Float16, F32>> {};
-template <>
-struct AccessOf<Format::bfloat16_master> : std::common_type<Elements<WithMaster<BFloat16>, F32>> {};
-template <>
-struct AccessOf<Format::float16_master> : std::common_type<Elements<WithMaster<Float16>, F32>> {};
-template <>
-struct AccessOf<Format::bfloat16_correction16> : std::common_type<Elements<BFloat16Correction16, F32>> {};
-template <>
-struct AccessOf<Format::bfloat16_correction8> : std::common_type<Elements<BFloat16Correction8, F32>> {};
-template <>
-struct AccessOf<Format::bfloat16_stochastic> : std::common_type<Elements<BFloat16Stochastic, F32>> {};
-template <>
-struct AccessOf<Format::signed8> : std::common_type<Blocks<Signed8, F32>> {};
-template <>
-struct AccessOf<Format::unsigned8> : std::common_type<Blocks<Unsigned8, F32>> {};
+template <class Order>
+struct AccessOf<Format::native, Order> : std::common_type<Elements<Native, F32, Order>> {};
+template <class Order>
+struct AccessOf<Format::bfloat16, Order> : std::common_type<Elements<BFloat16, F32, Order>> {};
+template <class Order>
+struct AccessOf<Format::float16, Order> : std::common_type<Elements<Float16, F32, Order>> {};
+template <class Order>
+struct AccessOf<Format::bfloat16_master, Order> : std::common_type<Elements<WithMaster<BFloat16>, F32, Order>> {};
+template <class Order>
+struct AccessOf<Format::float16_master, Order> : std::common_type<Elements<WithMaster<Float16>, F32, Order>> {};
+template <class Order>
+struct AccessOf<Format::bfloat16_correction16, Order> : std::common_type<Elements<BFloat16Correction16, F32, Order>> {};
+template <class Order>
+struct AccessOf<Format::bfloat16_correction8, Order> : std::common_type<Elements<BFloat16Correction8, F32, Order>> {};
+template <class Order>
+struct AccessOf<Format::bfloat16_stochastic, Order> : std::common_type<Elements<BFloat16Stochastic, F32, Order>> {};
+template <class Order>
+struct AccessOf<Format::signed8, Order> : std::common_type<Blocks<Signed8, F32, Order>> {};
+template <class Order>
+struct AccessOf<Format::unsigned8, Order> : std::common_type<Blocks<Unsigned8, F32, Order>> {};
 
-template <Format format>
-using Access = typename AccessOf<format>::type;
+template <Format format, class Order = Natural<F32>>
+using Access = typename AccessOf<format, Order>::type;
 
 template <int... formats>
 constexpr KernelTable with_codecs(KernelTable table, std::integer_sequence<int, formats...>) {
@@ -57,8 +57,13 @@ constexpr KernelTable with_codecs(KernelTable table, std::integer_sequence<int, 
     return table;
 }
 
+// The order in which a fused step takes the elements of a block.
+template <Format... formats>
+using OrderOf = std::conditional_t<((formats == Format::native) || ...), Natural<F32>, OrderOfWords>;
+
 template <class Rule, Format... formats>
-constexpr FusedStep fused = {rule_index<Rule>, {formats...}, FusedLoop<Rule, F32, Access<formats>...>::run};
+constexpr FusedStep fused = {
+    rule_index<Rule>, {formats...}, FusedLoop<Rule, F32, Access<formats, OrderOf<formats...>>...>::run};
 
 constexpr FusedStep fused_steps[] = {
     fused<Adam, Format::native, Format::native, Format::signed8, Format::unsigned8>,

@@ -42,6 +42,7 @@ struct F32 {
     FUSEDSTEP_INLINE friend F32 max(F32 a, F32 b) { return _mm256_max_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 sqrt(F32 a) { return _mm256_sqrt_ps(a.x); }
     FUSEDSTEP_INLINE friend F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.x, b.x, c.x); }
+    FUSEDSTEP_INLINE friend F32 fms(F32 a, F32 b, F32 c) { return _mm256_fmsub_ps(a.x, b.x, c.x); }
 };
 
 struct F64 {
@@ -82,12 +83,16 @@ struct U32 {
     FUSEDSTEP_INLINE static U32 load(const uint16_t* from) {
         return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     }
+    FUSEDSTEP_INLINE static U32 load(const int16_t* from) {
+        return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
     FUSEDSTEP_INLINE static U32 load(const uint8_t* from) {
         return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
     }
     FUSEDSTEP_INLINE static U32 load(const int8_t* from) {
         return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
     }
+    FUSEDSTEP_INLINE void store(uint32_t* to) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x); }
     // Four vectors, each lane of which fits an item.
     FUSEDSTEP_INLINE static void store(uint32_t* to, const U32 (&from)[4]) {
         for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * i), from[i].x);
@@ -135,10 +140,12 @@ struct U32 {
         return _mm256_blendv_epi8(no.x, yes.x, _mm256_cmpgt_epi32(a.x, b.x));
     }
     FUSEDSTEP_INLINE friend U32 absolute(U32 a) { return _mm256_abs_epi32(a.x); }
-    FUSEDSTEP_INLINE friend U32 with_sign(U32 a, U32 of) {
-        return _mm256_sign_epi32(a.x, _mm256_or_si256(of.x, _mm256_set1_epi32(1)));
-    }
+    FUSEDSTEP_INLINE friend U32 with_sign(U32 a, U32 of) { return _mm256_sign_epi32(a.x, of.x); }
 };
+
+FUSEDSTEP_INLINE F32 if_negative(U32 a, F32 yes, F32 no) {
+    return _mm256_blendv_ps(no.x, yes.x, _mm256_castsi256_ps(a.x));
+}
 
 FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
     const __m256 ab = _mm256_cmp_ps(values[0].x, values[1].x, _CMP_UNORD_Q);
@@ -148,5 +155,81 @@ FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
 
 FUSEDSTEP_INLINE U32 bits_of(F32 value) { return _mm256_castps_si256(value.x); }
 FUSEDSTEP_INLINE F32 from_bits(U32 bits) { return _mm256_castsi256_ps(bits.x); }
+
+// Sixteen items, widened to 16 bits if they were 8, of which those of even or those of odd number are meant.
+struct HalfOfWords {
+    __m256i x;
+    bool odd;
+
+    FUSEDSTEP_INLINE friend HalfOfWords absolute(HalfOfWords a) { return {_mm256_abs_epi16(a.x), a.odd}; }
+    FUSEDSTEP_INLINE friend U32 upper(HalfOfWords a) { return a.odd ? U32(a.x) & U32(0xFFFF0000u) : U32(a.x) << 16; }
+    FUSEDSTEP_INLINE friend U32 middle(HalfOfWords a) {
+        return a.odd ? U32(_mm256_srai_epi32(a.x, 8)) & U32(0xFFFFFF00u)
+                     : U32(_mm256_srai_epi32((U32(a.x) << 16).x, 8));
+    }
+    template <int bits, uint32_t base>
+    FUSEDSTEP_INLINE friend U32 raised(HalfOfWords a) {
+        static_assert(bits >= 16 && base % 0x10000u == 0);
+        const __m256i shifted = _mm256_slli_epi16(a.x, bits - 16);
+        return upper(
+            HalfOfWords{_mm256_add_epi16(shifted, _mm256_set1_epi16(static_cast<int16_t>(base >> 16))), a.odd});
+    }
+    FUSEDSTEP_INLINE friend F32 if_negative(HalfOfWords a, F32 yes, F32 no) {
+        return if_negative(a.odd ? U32(a.x) : U32(a.x) << 16, yes, no);
+    }
+};
+
+// The order in which items of 8 and 16 bits are read and written with the fewest instructions: of sixteen elements,
+// the first vector has those of even number and the second those of odd number.
+struct OrderOfWords {
+    FUSEDSTEP_INLINE static U32 elements(int vector) {
+        return U32::lane_numbers() * U32(2) + U32(static_cast<uint32_t>(first(vector) + vector % 2));
+    }
+
+    FUSEDSTEP_INLINE static HalfOfWords load(const uint16_t* block, int vector) {
+        return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + first(vector))), vector % 2 != 0};
+    }
+    FUSEDSTEP_INLINE static HalfOfWords load(const uint8_t* block, int vector) {
+        return {_mm256_cvtepu8_epi16(sixteen_bytes(block + first(vector))), vector % 2 != 0};
+    }
+    FUSEDSTEP_INLINE static HalfOfWords load(const int8_t* block, int vector) {
+        return {_mm256_cvtepi8_epi16(sixteen_bytes(block + first(vector))), vector % 2 != 0};
+    }
+
+    FUSEDSTEP_INLINE static void store_upper(uint16_t* block, int vector, const U32 (&from)[4]) {
+        for (int i = 0; i < 4; i += 2) {
+            const __m256i even = _mm256_srli_epi32(from[i].x, 16);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(block + first(vector + i)),
+                                _mm256_blend_epi16(even, from[i + 1].x, 0b10101010));
+        }
+    }
+    FUSEDSTEP_INLINE static void store_middle(uint8_t* block, int vector, const U32 (&from)[4]) {
+        __m256i bytes[2];
+        for (int i = 0; i < 2; ++i) {
+            const __m256i odd = _mm256_slli_epi32(from[2 * i + 1].x, 8);
+            bytes[i] = _mm256_and_si256(_mm256_blend_epi16(_mm256_srli_epi32(from[2 * i].x, 8), odd, 0b10101010),
+                                        _mm256_set1_epi16(0xFF));
+        }
+        store_bytes(block + first(vector), _mm256_packus_epi16(bytes[0], bytes[1]));
+    }
+    FUSEDSTEP_INLINE static void store(int8_t* block, int vector, const U32 (&from)[4]) {
+        store_bytes(block + first(vector), _mm256_packs_epi16(words(from[0], from[1]), words(from[2], from[3])));
+    }
+    FUSEDSTEP_INLINE static void store(uint8_t* block, int vector, const U32 (&from)[4]) {
+        store_bytes(block + first(vector), _mm256_packus_epi16(words(from[0], from[1]), words(from[2], from[3])));
+    }
+
+private:
+    FUSEDSTEP_INLINE static int first(int vector) { return vector / 2 * 16; }
+    FUSEDSTEP_INLINE static __m128i sixteen_bytes(const void* from) {
+        return _mm_loadu_si128(static_cast<const __m128i*>(from));
+    }
+    FUSEDSTEP_INLINE static __m256i words(U32 even, U32 odd) {
+        return _mm256_blend_epi16(even.x, _mm256_slli_epi32(odd.x, 16), 0b10101010);
+    }
+    FUSEDSTEP_INLINE static void store_bytes(void* to, __m256i packed) {
+        _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0b11011000));
+    }
+};
 
 }  // namespace fusedstep::avx2

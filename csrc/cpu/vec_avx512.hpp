@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../rules/inline.hpp"
+#include "natural_order.hpp"
 
 namespace fusedstep::avx512 {
 
@@ -35,6 +36,7 @@ struct F32 {
     FUSEDSTEP_INLINE friend F32 max(F32 a, F32 b) { return _mm512_max_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 sqrt(F32 a) { return _mm512_sqrt_ps(a.x); }
     FUSEDSTEP_INLINE friend F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.x, b.x, c.x); }
+    FUSEDSTEP_INLINE friend F32 fms(F32 a, F32 b, F32 c) { return _mm512_fmsub_ps(a.x, b.x, c.x); }
 };
 
 struct F64 {
@@ -74,12 +76,16 @@ struct U32 {
     FUSEDSTEP_INLINE static U32 load(const uint16_t* from) {
         return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     }
+    FUSEDSTEP_INLINE static U32 load(const int16_t* from) {
+        return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
     FUSEDSTEP_INLINE static U32 load(const uint8_t* from) {
         return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     }
     FUSEDSTEP_INLINE static U32 load(const int8_t* from) {
         return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     }
+    FUSEDSTEP_INLINE void store(uint32_t* to) const { _mm512_storeu_si512(to, x); }
     // Four vectors, each lane of which fits an item.
     FUSEDSTEP_INLINE static void store(uint32_t* to, const U32 (&from)[4]) {
         for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + 16 * i, from[i].x);
@@ -129,6 +135,10 @@ struct U32 {
     }
 };
 
+FUSEDSTEP_INLINE F32 if_negative(U32 a, F32 yes, F32 no) {
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask(a.x), no.x, yes.x);
+}
+
 FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
     return (_mm512_cmp_ps_mask(values[0].x, values[1].x, _CMP_UNORD_Q) |
             _mm512_cmp_ps_mask(values[2].x, values[3].x, _CMP_UNORD_Q)) != 0;
@@ -136,5 +146,8 @@ FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
 
 FUSEDSTEP_INLINE U32 bits_of(F32 value) { return _mm512_castps_si512(value.x); }
 FUSEDSTEP_INLINE F32 from_bits(U32 bits) { return _mm512_castsi512_ps(bits.x); }
+
+// In which items of 8 and 16 bits are read and written with the fewest instructions.
+using OrderOfWords = Natural<F32>;
 
 }  // namespace fusedstep::avx512

@@ -1,12 +1,14 @@
 // The portable "vector" of one number: the reference for every other instruction set, and the only one
-// on machines other than x86-64. U32 is the same number of lanes of integers: `if_greater(a, b, yes, no)`
-// compares them as signed ones, `greatest` is of all lanes.
+// on machines other than x86-64. fma(a, b, c) is a * b + c, fms(a, b, c) is a * b - c, both rounded once. U32 is the
+// same number of lanes of integers: `if_greater(a, b, yes, no)` compares them as signed ones, `greatest` is of all
+// lanes, `with_sign(a, of)` is for an `a` that is 0 where `of` is.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "../rules/inline.hpp"
+#include "natural_order.hpp"
 
 namespace fusedstep::scalar {
 
@@ -37,6 +39,7 @@ struct Vec {
     FUSEDSTEP_INLINE friend Vec max(Vec a, Vec b) { return Vec(a.x > b.x ? a.x : b.x); }
     FUSEDSTEP_INLINE friend Vec sqrt(Vec a) { return Vec(root(a.x)); }
     FUSEDSTEP_INLINE friend Vec fma(Vec a, Vec b, Vec c) { return Vec(multiply_add(a.x, b.x, c.x)); }
+    FUSEDSTEP_INLINE friend Vec fms(Vec a, Vec b, Vec c) { return Vec(multiply_add(a.x, b.x, -c.x)); }
 
 private:
     FUSEDSTEP_INLINE static float root(float a) { return __builtin_sqrtf(a); }
@@ -57,6 +60,7 @@ struct U32 {
     FUSEDSTEP_INLINE static U32 load(const Item* from) {
         return U32(static_cast<uint32_t>(*from));
     }
+    FUSEDSTEP_INLINE void store(uint32_t* to) const { *to = x; }
     template <class Item>
     FUSEDSTEP_INLINE static void store(Item* to, const U32 (&from)[4]) {
         for (int i = 0; i < 4; ++i) to[i] = static_cast<Item>(from[i].x);
@@ -84,6 +88,8 @@ struct U32 {
     }
 };
 
+FUSEDSTEP_INLINE F32 if_negative(U32 a, F32 yes, F32 no) { return static_cast<int32_t>(a.x) < 0 ? yes : no; }
+
 FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
     return values[0].x != values[0].x || values[1].x != values[1].x || values[2].x != values[2].x ||
            values[3].x != values[3].x;
@@ -100,5 +106,8 @@ FUSEDSTEP_INLINE F32 from_bits(U32 bits) {
     std::memcpy(&value, &bits.x, sizeof value);
     return F32(value);
 }
+
+// In which items of 8 and 16 bits are read and written with the fewest instructions.
+using OrderOfWords = Natural<F32>;
 
 }  // namespace fusedstep::scalar

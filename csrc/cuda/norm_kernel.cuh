@@ -22,7 +22,7 @@ FUSEDSTEP_INLINE double value_of(const char* element) {
     } else {
         using F = std::conditional_t<dtype == DType::bfloat16, BFloat16, Float16>;
         const U32 item(*reinterpret_cast<const uint16_t*>(element));
-        return F::template decode<Vec<float>>(item, U32()).x;
+        return F::template decode<Vec<float>>(item).x;
     }
 }
 

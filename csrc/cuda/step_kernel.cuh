@@ -275,7 +275,8 @@ private:
         for (int k = 0; k < Rule::streams; ++k) {
             units_[k] = 0;
             if (is_blockwise(formats_.of(k)) && count_ > 0)
-                units_[k] = static_cast<const float*>(arrays_[Rule::streams + k])[begin_ / block_elements];
+                units_[k] = bit_cast<float>(
+                    unit_of(static_cast<const uint32_t*>(arrays_[Rule::streams + k])[begin_ / block_elements]));
             FUSEDSTEP_UNROLL
             for (int p = 0; p < packs; ++p) {
                 FUSEDSTEP_UNROLL
@@ -320,7 +321,8 @@ private:
         for (int p = 0; p < packs; ++p) {
             FUSEDSTEP_UNROLL
             for (int i = 0; i < stored_lanes; ++i) {
-                const uint32_t bits = magnitude(bits_of(values[p][k][i])).x;
+                const U32 value = bits_of(values[p][k][i]);
+                const uint32_t bits = (k == 2 ? Signed8::size(value) : Unsigned8::size(value)).x;
                 if (i < count(p) && bits > greatest) greatest = bits;
             }
         }

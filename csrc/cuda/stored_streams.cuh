@@ -2,6 +2,8 @@
 // formats' own code, chosen when the kernel runs, or when it is compiled.
 #pragma once
 
+#include <type_traits>
+
 #include "../core/format.hpp"
 #include "../formats/bfloat16.hpp"
 #include "../formats/eight_bit.hpp"
@@ -134,16 +136,21 @@ template <class F, int lanes>
 FUSEDSTEP_INLINE void decode_as(const uint32_t (&items)[lanes], const uint32_t (&extras)[lanes],
                                 Vec<float> (&values)[lanes]) {
     FUSEDSTEP_UNROLL
-    for (int i = 0; i < lanes; ++i) values[i] = F::template decode<Vec<float>>(U32(items[i]), U32(extras[i]));
+    for (int i = 0; i < lanes; ++i) {
+        if constexpr (std::is_void_v<typename F::Extra>)
+            values[i] = F::template decode<Vec<float>>(U32(items[i]));
+        else
+            values[i] = F::template decode<Vec<float>>(
+                U32(items[i]), U32(static_cast<uint32_t>(static_cast<typename F::Extra>(extras[i]))));
+    }
 }
 
 template <class Moment, int lanes>
 FUSEDSTEP_INLINE void decode_codes(const uint32_t (&codes)[lanes], float unit, Vec<float> (&values)[lanes]) {
-    constexpr bool is_signed = static_cast<typename Moment::Item>(-1) < 0;
     FUSEDSTEP_UNROLL
     for (int i = 0; i < lanes; ++i) {
-        const uint32_t code = is_signed ? (codes[i] ^ 0x80u) - 0x80u : codes[i];
-        values[i] = Moment::template decode<Vec<float>>(U32(code), Vec<float>(unit));
+        const auto code = static_cast<typename Moment::Item>(codes[i]);
+        values[i] = Moment::template decode<Vec<float>>(U32(static_cast<uint32_t>(code)), Vec<float>(unit));
     }
 }
 
@@ -170,11 +177,13 @@ FUSEDSTEP_INLINE void encode_as(const Vec<float> (&values)[lanes], uint64_t rand
                                 uint32_t (&extras)[lanes]) {
     FUSEDSTEP_UNROLL
     for (int i = 0; i < lanes; ++i) {
-        U32 item, extra;
-        const U32 bits = random_bits(static_cast<uint32_t>(random), U32(static_cast<uint32_t>(first + i)));
+        U32 item, extra, bits;
+        if constexpr (F::random != 0)
+            bits = random_bits<F::random>(static_cast<uint32_t>(random), U32(static_cast<uint32_t>(first + i)));
         F::template encode<true, Vec<float>>(values[i], bits, item, extra);
-        items[i] = item.x;
-        extras[i] = extra.x;
+        items[i] = sizeof(typename F::Item) == 2 ? item.x >> 16 : item.x;
+        if constexpr (!std::is_void_v<typename F::Extra>)
+            extras[i] = sizeof(typename F::Extra) == 1 ? extra.x >> 8 : extra.x;
     }
 }
 
@@ -183,8 +192,8 @@ FUSEDSTEP_INLINE void encode_codes(const Vec<float> (&values)[lanes], uint64_t r
                                    const BlockScale<Vec<float>>& scale, bool finite, uint32_t (&codes)[lanes]) {
     FUSEDSTEP_UNROLL
     for (int i = 0; i < lanes; ++i) {
-        const U32 bits = random_bits(static_cast<uint32_t>(random >> 32), U32(static_cast<uint32_t>(first + i)));
-        const U32 code = Moment::template encode<Vec<float>>(bits_of(values[i]), scale.reciprocal, bits);
+        const U32 rounding = rounding_of(static_cast<uint32_t>(random >> 32), U32(static_cast<uint32_t>(first + i)));
+        const U32 code = Moment::template encode<Vec<float>>(bits_of(values[i]), scale.reciprocal, rounding);
         codes[i] = finite ? code.x : 0;
     }
 }

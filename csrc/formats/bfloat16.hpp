@@ -2,13 +2,16 @@
 // would lose.
 //
 // A format, like a rule, is mathematics and never sees memory: over a vector V of float32 and its integer
-// companion V::Bits it turns an item (and what lies beside it, `extra`) into a value and back. Encoding is
-// told whether one of its values may be a NaN, because without one it is cheaper; the bits are the same.
+// companion V::Bits it turns an item (and what lies beside it, `extra`) into a value and back. Items of 16 bits
+// are encoded into the upper half of a lane, extras of 8 bits into its second byte. Encoding takes `random` random
+// bits, and is told whether one of its values may be a NaN, because without one it is cheaper; the bits are the same.
+// They are even for a NaN that is a bfloat16, the only ones that come of formats with `nan_is_bfloat16`.
 #pragma once
 
 #include <cstdint>
 
 #include "../rules/inline.hpp"
+#include "words.hpp"
 
 namespace fusedstep {
 
@@ -21,17 +24,18 @@ FUSEDSTEP_INLINE B magnitude(B bits) {
 template <bool may_be_nan, class B>
 FUSEDSTEP_INLINE B keep_nan(B bits, B rounded) {
     if constexpr (!may_be_nan) return rounded;
-    return if_greater(magnitude(bits), B(0x7F800000u), (bits >> 16) | B(0x40u), rounded);
+    return if_greater(magnitude(bits), B(0x7F800000u), bits | B(0x400000u), rounded);
 }
 
 struct BFloat16 {
     using Item = uint16_t;
     using Extra = void;
-    static constexpr bool random = false;
+    static constexpr int random = 0;
+    static constexpr bool nan_is_bfloat16 = true;
 
-    template <class V>
-    FUSEDSTEP_INLINE static V decode(typename V::Bits item, typename V::Bits) {
-        return from_bits(item << 16);
+    template <class V, class Words>
+    FUSEDSTEP_INLINE static V decode(Words item) {
+        return from_bits(upper(item));
     }
 
     // To nearest, ties to even.
@@ -39,20 +43,20 @@ struct BFloat16 {
     FUSEDSTEP_INLINE static void encode(V value, typename V::Bits, typename V::Bits& item, typename V::Bits&) {
         using B = typename V::Bits;
         const B bits = bits_of(value);
-        item = keep_nan<may_be_nan>(bits, (bits + B(0x7FFFu) + ((bits >> 16) & B(1u))) >> 16);
+        item = keep_nan<may_be_nan>(bits, bits + B(0x7FFFu) + ((bits >> 16) & B(1u)));
     }
 };
 
 // Up with the probability of the part that rounding drops: 16 random bits are added before it is cut off
 // (Gupta et al., "Deep learning with limited numerical precision", ICML 2015, section 3).
 struct BFloat16Stochastic : BFloat16 {
-    static constexpr bool random = true;
+    static constexpr int random = 16;
 
     template <bool may_be_nan, class V>
     FUSEDSTEP_INLINE static void encode(V value, typename V::Bits random, typename V::Bits& item, typename V::Bits&) {
         using B = typename V::Bits;
         const B bits = bits_of(value);
-        item = keep_nan<may_be_nan>(bits, (bits + (random >> 16)) >> 16);
+        item = keep_nan<may_be_nan>(bits, bits + random);
     }
 };
 
@@ -61,20 +65,20 @@ struct BFloat16Stochastic : BFloat16 {
 // some of the bfloat16, one more than 16 bits can tell apart. A NaN stays a NaN, with another payload.
 struct BFloat16Correction16 {
     using Item = uint16_t;
-    using Extra = uint16_t;
-    static constexpr bool random = false;
+    using Extra = int16_t;
+    static constexpr int random = 0;
+    static constexpr bool nan_is_bfloat16 = false;
 
-    template <class V>
-    FUSEDSTEP_INLINE static V decode(typename V::Bits item, typename V::Bits extra) {
-        using B = typename V::Bits;
-        return from_bits((item << 16) + (extra ^ B(0x8000u)) - B(0x8000u));
+    template <class V, class Words>
+    FUSEDSTEP_INLINE static V decode(Words item, typename V::Bits extra) {
+        return from_bits(upper(item) + extra);
     }
 
     template <bool may_be_nan, class V>
     FUSEDSTEP_INLINE static void encode(V value, typename V::Bits, typename V::Bits& item, typename V::Bits& extra) {
         using B = typename V::Bits;
         const B bits = bits_of(value);
-        item = keep_nan<may_be_nan>(bits, (bits + B(0x8000u)) >> 16);
+        item = keep_nan<may_be_nan>(bits, bits + B(0x8000u));
         extra = bits & B(0xFFFFu);
     }
 };
@@ -82,13 +86,13 @@ struct BFloat16Correction16 {
 // bfloat16 and the next 8 bits of the float32, both rounded to nearest with ties away from zero.
 struct BFloat16Correction8 {
     using Item = uint16_t;
-    using Extra = uint8_t;
-    static constexpr bool random = false;
+    using Extra = int8_t;
+    static constexpr int random = 0;
+    static constexpr bool nan_is_bfloat16 = false;
 
-    template <class V>
-    FUSEDSTEP_INLINE static V decode(typename V::Bits item, typename V::Bits extra) {
-        using B = typename V::Bits;
-        return from_bits((((item << 8) + (extra ^ B(0x80u))) << 8) - B(0x8000u));
+    template <class V, class Words>
+    FUSEDSTEP_INLINE static V decode(Words item, Words extra) {
+        return from_bits(upper(item) + middle(extra));
     }
 
     template <bool may_be_nan, class V>
@@ -96,8 +100,8 @@ struct BFloat16Correction8 {
         using B = typename V::Bits;
         const B bits = bits_of(value);
         const B rounded = bits + B(0x80u);
-        item = keep_nan<may_be_nan>(bits, (rounded + B(0x8000u)) >> 16);
-        extra = (rounded >> 8) & B(0xFFu);
+        item = keep_nan<may_be_nan>(bits, rounded + B(0x8000u));
+        extra = rounded;
         // Of a NaN, nothing that could make an infinity of it.
         if constexpr (may_be_nan) extra = if_greater(magnitude(bits), B(0x7F800000u), B(0u), extra);
     }
@@ -108,10 +112,11 @@ template <class Low>
 struct WithMaster {
     using Item = typename Low::Item;
     using Extra = uint32_t;
-    static constexpr bool random = false;
+    static constexpr int random = 0;
+    static constexpr bool nan_is_bfloat16 = false;
 
-    template <class V>
-    FUSEDSTEP_INLINE static V decode(typename V::Bits, typename V::Bits extra) {
+    template <class V, class Words>
+    FUSEDSTEP_INLINE static V decode(Words, typename V::Bits extra) {
         return from_bits(extra);
     }
 

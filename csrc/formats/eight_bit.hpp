@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "bfloat16.hpp"
+#include "random.hpp"
 
 namespace fusedstep {
 
@@ -20,6 +21,9 @@ struct BlockScale {
     V unit, reciprocal;
 };
 
+// Of a block's unit as stored. All NaN are one, which is a bfloat16.
+FUSEDSTEP_INLINE uint32_t unit_of(uint32_t bits) { return magnitude(bits) > 0x7F800000u ? nan_bits : bits; }
+
 // `greatest` is the largest of a block's magnitudes, compared as integers: NaN are above infinity there. A block
 // that reaches 16 ulp below infinity has codes of 0 and a unit of NaN, so that what is finite decodes finite.
 FUSEDSTEP_INLINE bool is_finite_block(uint32_t greatest) { return greatest < 0x7F7FFFF0u; }
@@ -30,20 +34,25 @@ FUSEDSTEP_INLINE BlockScale<V> scale_of(V greatest) {
     return {unit, V(1.0f) / unit};
 }
 
-// The bits of y above those of one, rounded at random: adding uniform bits below the cut and cutting rounds up as
-// often as the fraction that is cut says.
-template <class V>
-FUSEDSTEP_INLINE typename V::Bits code_of(typename V::Bits positive, V reciprocal, typename V::Bits random) {
-    using B = typename V::Bits;
-    const V y = fma(from_bits(positive), reciprocal, V(1.0f));
-    return (bits_of(y) + ((random >> (32 - dropped_bits)) - B(one_bits))) >> dropped_bits;
+// What rounds the bits of y: random ones below the cut, and those of one are taken away. Adding uniform bits below
+// the cut and cutting rounds up as often as the fraction that is cut says.
+template <class B>
+FUSEDSTEP_INLINE B rounding_of(uint32_t random, B elements) {
+    return random_bits<dropped_bits, 0u - one_bits>(random, elements);
 }
 
+// The bits of y above those of one, rounded at random.
 template <class V>
-FUSEDSTEP_INLINE V value_of(typename V::Bits code, V unit) {
-    using B = typename V::Bits;
-    return fma(from_bits((code << dropped_bits) + B(one_bits)), unit, V(0.0f) - unit);  // (y - 1) * unit
+FUSEDSTEP_INLINE typename V::Bits code_of(typename V::Bits positive, V reciprocal, typename V::Bits rounding) {
+    return (bits_of(fma(from_bits(positive), reciprocal, V(1.0f))) + rounding) >> dropped_bits;
 }
+
+template <class V, class Words>
+FUSEDSTEP_INLINE V value_of(Words code, V unit) {
+    return fms(from_bits(raised<dropped_bits, one_bits>(code)), unit, unit);  // (y - 1) * unit
+}
+
+// Of both: `size` of a value's bits, as an integer, is what the greatest of a block is chosen by.
 
 // A first moment: 3 bits of exponent and 4 of mantissa, with a sign.
 struct Signed8 {
@@ -51,15 +60,19 @@ struct Signed8 {
     // The smallest float32 that is at least (1 + 2^-23) / 247: no y comes out above that of the largest code.
     static constexpr float inverse_span = 0x1.0953F6p-8f;
 
-    template <class V>
-    FUSEDSTEP_INLINE static V decode(typename V::Bits code, V unit) {
-        using B = typename V::Bits;
-        return from_bits(bits_of(value_of<V>(absolute(code), unit)) | (code & B(0x80000000u)));
+    template <class B>
+    FUSEDSTEP_INLINE static B size(B bits) {
+        return magnitude(bits);
+    }
+
+    template <class V, class Words>
+    FUSEDSTEP_INLINE static V decode(Words code, V unit) {
+        return value_of(absolute(code), if_negative(code, V(0.0f) - unit, unit));
     }
 
     template <class V>
-    FUSEDSTEP_INLINE static typename V::Bits encode(typename V::Bits bits, V reciprocal, typename V::Bits random) {
-        return with_sign(code_of<V>(magnitude(bits), reciprocal, random), bits);
+    FUSEDSTEP_INLINE static typename V::Bits encode(typename V::Bits bits, V reciprocal, typename V::Bits rounding) {
+        return with_sign(code_of<V>(magnitude(bits), reciprocal, rounding), bits);
     }
 };
 
@@ -69,16 +82,20 @@ struct Unsigned8 {
     using Item = uint8_t;
     static constexpr float inverse_span = 0x1.084324p-16f;  // the same of 63487
 
-    template <class V>
-    FUSEDSTEP_INLINE static V decode(typename V::Bits code, V unit) {
-        return value_of<V>(code, unit);
+    // A second moment has no sign. What has one all the same is NaN, or makes a NaN of its block.
+    template <class B>
+    FUSEDSTEP_INLINE static B size(B bits) {
+        return bits;
+    }
+
+    template <class V, class Words>
+    FUSEDSTEP_INLINE static V decode(Words code, V unit) {
+        return value_of(code, unit);
     }
 
     template <class V>
-    FUSEDSTEP_INLINE static typename V::Bits encode(typename V::Bits bits, V reciprocal, typename V::Bits random) {
-        using B = typename V::Bits;
-        const B positive = magnitude(bits);
-        return max(code_of<V>(positive, reciprocal, random), min(positive, B(1u)));
+    FUSEDSTEP_INLINE static typename V::Bits encode(typename V::Bits bits, V reciprocal, typename V::Bits rounding) {
+        return max(code_of<V>(bits, reciprocal, rounding), min(bits, typename V::Bits(1u)));
     }
 };
 

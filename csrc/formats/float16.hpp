@@ -8,11 +8,12 @@ namespace fusedstep {
 struct Float16 {
     using Item = uint16_t;
     using Extra = void;
-    static constexpr bool random = false;
+    static constexpr int random = 0;
+    static constexpr bool nan_is_bfloat16 = false;
 
     // The exponent is moved to float32's by a multiplication, which is exact and makes denormals normal.
     template <class V>
-    FUSEDSTEP_INLINE static V decode(typename V::Bits item, typename V::Bits) {
+    FUSEDSTEP_INLINE static V decode(typename V::Bits item) {
         using B = typename V::Bits;
         const B sign = (item & B(0x8000u)) << 16;
         const B moved = bits_of(from_bits((item & B(0x7FFFu)) << 13) * V(0x1p112f));
@@ -32,7 +33,7 @@ struct Float16 {
         const B denormal = bits_of(from_bits(positive) + V(0.5f)) - B(0x3F000000u);
         const B finite = if_greater(B(113u << 23), positive, denormal, normal);
         const B special = if_greater(positive, B(0x7F800000u), B(0x7E00u), B(0x7C00u));
-        item = if_greater(positive, B(0x477FFFFFu), special, finite) | ((bits >> 16) & B(0x8000u));
+        item = (if_greater(positive, B(0x477FFFFFu), special, finite) << 16) | (bits & B(0x80000000u));
     }
 };
 

@@ -10,10 +10,11 @@ namespace fusedstep {
 struct Native {
     using Item = uint32_t;
     using Extra = void;
-    static constexpr bool random = false;
+    static constexpr int random = 0;
+    static constexpr bool nan_is_bfloat16 = false;
 
     template <class V>
-    FUSEDSTEP_INLINE static V decode(typename V::Bits item, typename V::Bits) {
+    FUSEDSTEP_INLINE static V decode(typename V::Bits item) {
         return from_bits(item);
     }
 

@@ -24,15 +24,16 @@ FUSEDSTEP_INLINE uint64_t random_stream(uint64_t seed, int64_t step) {
 }
 
 // One for each block of elements of a tensor.
-FUSEDSTEP_INLINE uint64_t random_block(uint64_t stream, int64_t block) {
-    return mix64(stream + static_cast<uint64_t>(block + 1) * golden64);
+FUSEDSTEP_INLINE uint64_t random_block(uint64_t stream, uint64_t block) {
+    return mix64(stream + (block + 1) * golden64);
 }
 
-// 32 random bits for each element of a block, whose numbers in it are `elements`: a Weyl sequence from a
-// random start, which is more evenly spread than independent draws.
-template <class B>
-FUSEDSTEP_INLINE B random_bits(uint32_t start, B elements) {
-    return B(start) + elements * B(golden32);
+// `count` random bits for each element of a block, whose numbers in it are `elements`: the upper ones of 32, of a
+// Weyl sequence, which is more evenly spread than independent draws, with bits flipped at random. They are added to
+// `base`, whose lower `count` bits are zero.
+template <int count, uint32_t base = 0, class B>
+FUSEDSTEP_INLINE B random_bits(uint32_t flipped, B elements) {
+    return B((flipped >> (32 - count)) + base) ^ ((elements * B(golden32)) >> (32 - count));
 }
 
 }  // namespace fusedstep

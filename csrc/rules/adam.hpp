@@ -41,7 +41,8 @@ FUSEDSTEP_INLINE V descend(const V& p, const V& m, const V& v, const Scalars& s)
 // Calls `loop` with the scalars; in the usual case, with those that choose a branch as constants of the compiler.
 template <class T, class Loop>
 FUSEDSTEP_INLINE void with_constants(AdamScalars<T> s, Loop loop) {
-    if (s.weight_decay == 0 && !s.moment_from_gradient) {
+    if (s.weight_decay == 0 && !s.moment_from_gradient && s.grad_scale == 1) {
+        s.grad_scale = 1;
         s.weight_decay = 0;
         s.moment_from_gradient = false;
         loop(s);

@@ -178,8 +178,10 @@ def converted(
         )
     moment = key not in ("master", "correction")
     if key + UNITS in own and moment and _is_moment_dtype(saved.dtype):
-        if key.endswith("_sq") and (saved < 0).any():
-            raise ValueError(f"{where}[{key!r}]: negative, which a second moment never is")
+        if key.endswith("_sq"):
+            if (saved < 0).any():
+                raise ValueError(f"{where}[{key!r}]: negative, which a second moment never is")
+            saved = abs(saved)  # -0.0 is not less than 0
         codes = np.empty(mine.shape, dtype)
         own_units = np.empty(own[key + UNITS].shape, np.float32)
         encode(saved, codes, own_units, _walk(param))

@@ -10,7 +10,8 @@ them, so they are the same for any order, grouping or sharding of the work.
 - Stochastic rounding: Croci et al., *Stochastic rounding: implementation, error analysis and
   applications*, Royal Society Open Science 9 (2022), section 2.
 - The generator is SplitMix64: Steele, Lea & Flood, *Fast Splittable Pseudorandom Number
-  Generators*, OOPSLA 2014, figure 17; within a block, Weyl's sequence of the golden ratio.
+  Generators*, OOPSLA 2014, figure 17; within a block, Weyl's sequence of the golden ratio, of which
+  it flips bits.
 """
 
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ BLOCK = 64
 MIN_UNIT = np.float32(2.0**-112)  # keeps 1 / unit and the smallest nonzero moment normal
 
 _ONE = np.int32(0x3F800000)  # the bits of 1.0
-_OVERFLOW = np.int32(0x7F7FFFF0)  # 16 ulp below infinity: so that what is finite decodes finite
-_MAGNITUDE = np.int32(0x7FFFFFFF)
+_OVERFLOW = np.uint32(0x7F7FFFF0)  # 16 ulp below infinity: so that what is finite decodes finite
+_SIGN = np.uint32(0x80000000)
 _SHIFT = 19  # bits of a float32's mantissa beyond the four kept
 _GOLDEN_64 = 0x9E3779B97F4A7C15
 _GOLDEN_32 = 0x9E3779B9
@@ -92,7 +93,7 @@ def encode(
     Parameters
     ----------
     x : array of float32, shape (n,)
-        Only the magnitudes count where `fmt` is `EXP_AVG_SQ`.
+        Where `fmt` is `EXP_AVG_SQ`, a sign, which no second moment has, makes NaN of a block.
     fmt : Format
         `EXP_AVG` or `EXP_AVG_SQ`.
     step : int
@@ -112,15 +113,17 @@ def encode(
     blocks = -(-x.size // BLOCK)
     padded = np.zeros(blocks * BLOCK, np.float32)
     padded[: x.size] = x
-    bits = padded.view(np.int32).reshape(blocks, BLOCK) & _MAGNITUDE
+    bits = padded.view(np.uint32).reshape(blocks, BLOCK)
+    if fmt.dtype == np.int8:
+        bits = bits & ~_SIGN
 
     # As integers, NaN is above infinity and that above the rest: the maximum loses nothing.
     top = bits.max(axis=1, initial=0)
     finite = top < _OVERFLOW
-    largest = np.where(finite, top, 0).astype(np.int32).view(np.float32)
+    largest = np.where(finite, top, 0).astype(np.uint32).view(np.float32)
     units = np.maximum(largest * fmt.inverse_span, MIN_UNIT)
 
-    magnitude = np.where(finite[:, np.newaxis], bits, 0).astype(np.int32).view(np.float32)
+    magnitude = np.where(finite[:, np.newaxis], bits, 0).astype(np.uint32).view(np.float32)
     y = _fma_one(magnitude, (np.float32(1) / units)[:, np.newaxis])
     random = random_bits(blocks, step=step, seed=seed, first_block=first_block)
     # In the bits of a float a step of the mantissa is a step of the value, so that adding uniform
@@ -153,7 +156,7 @@ def random_bits(blocks: int, *, step: int, seed: int = 0, first_block: int = 0) 
     block = np.arange(first_block + 1, first_block + blocks + 1, dtype=np.uint64)
     word = _mix(stream + block * np.uint64(_GOLDEN_64)) >> np.uint64(32)
     lanes = np.arange(BLOCK, dtype=np.uint32) * np.uint32(_GOLDEN_32)
-    return word.astype(np.uint32)[:, np.newaxis] + lanes
+    return word.astype(np.uint32)[:, np.newaxis] ^ lanes
 
 
 def _from_code(magnitude: Any) -> Any:
