@@ -82,8 +82,8 @@ def test_dense_kernels_move_16_bytes_at_a_time(kernels):
 
 def only_the_operations_of_the_rules(count, where, *, and_of_formats=False):
     allowed = r"(add|sub|mul|div|sqrt|fma)\.rn\.f|(ld|st|mov|selp|setp|neg|abs|copysign)\b"
-    if and_of_formats:  # the reciprocal of a unit, and that it is not too small for one
-        allowed += r"|rcp\.rn\.f32|max\.f32"
+    if and_of_formats:  # the reciprocal of a unit, that it is not too small for one, and not NaN
+        allowed += r"|rcp\.rn\.f32|(min|max)\.f32"
     floating = [name for name in count if re.search(r"\.f(32|64)$", name)]
     assert [name for name in floating if not re.match(allowed, name)] == [], where
     assert not any(".ftz" in name or ".local" in name for name in count), where

@@ -141,18 +141,16 @@ public:
 
     struct Scale {
         V reciprocal;
-        uint32_t random;
-        bool finite;
+        uint32_t random, greatest;
     };
 
     // Every element is observed before the scale is known, which replaces the old one.
     FUSEDSTEP_INLINE void observe(V value) { greatest_ = max(greatest_, Format::size(bits_of(value))); }
     FUSEDSTEP_INLINE Scale scale(uint64_t random) const {
         const B greatest = greatest_.greatest();
-        const bool finite = is_finite_block(greatest.first());
         const BlockScale<V> scale = scale_of<Format>(from_bits(greatest));
-        *unit_at_ = finite ? bits_of(scale.unit).first() : nan_bits;
-        return {scale.reciprocal, static_cast<uint32_t>(random >> 32), finite};
+        *unit_at_ = bits_of(scale.unit).first();
+        return {scale.reciprocal, static_cast<uint32_t>(random >> 32), greatest.first()};
     }
 
     template <bool>
@@ -167,7 +165,9 @@ public:
 
     // After all of the block has been encoded.
     FUSEDSTEP_INLINE void finish(const Scale& scale) const {
-        if (!scale.finite) std::memset(codes_, 0, block_elements);
+        if (is_finite_block(scale.greatest)) return;
+        std::memset(codes_, 0, block_elements);
+        *unit_at_ = nan_bits;
     }
 
     FUSEDSTEP_INLINE void advance() {
@@ -179,7 +179,7 @@ public:
 
 private:
     FUSEDSTEP_INLINE Blocks(Item* codes, uint32_t* unit_at) : codes_(codes), unit_at_(unit_at) {}
-    FUSEDSTEP_INLINE void read_unit() { unit_ = from_bits(B(unit_of(*unit_at_))); }
+    FUSEDSTEP_INLINE void read_unit() { unit_ = unit_of(from_bits(B(*unit_at_))); }
 
     Item* codes_;
     uint32_t* unit_at_;

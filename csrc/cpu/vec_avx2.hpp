@@ -1,5 +1,5 @@
 // AVX2 + FMA. A partial load fills the other lanes with zeros; a partial store leaves memory past the
-// count untouched. `max(a, b)` is `a > b ? a : b`, which is what vmaxps does: b when either is NaN.
+// count untouched. `max(a, b)` is `a > b ? a : b`, which is what vmaxps does: b when either is NaN. `min` likewise.
 #pragma once
 
 #include <immintrin.h>
@@ -40,6 +40,7 @@ struct F32 {
     FUSEDSTEP_INLINE friend F32 operator*(F32 a, F32 b) { return _mm256_mul_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 operator/(F32 a, F32 b) { return _mm256_div_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 max(F32 a, F32 b) { return _mm256_max_ps(a.x, b.x); }
+    FUSEDSTEP_INLINE friend F32 min(F32 a, F32 b) { return _mm256_min_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 sqrt(F32 a) { return _mm256_sqrt_ps(a.x); }
     FUSEDSTEP_INLINE friend F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.x, b.x, c.x); }
     FUSEDSTEP_INLINE friend F32 fms(F32 a, F32 b, F32 c) { return _mm256_fmsub_ps(a.x, b.x, c.x); }

@@ -34,6 +34,7 @@ struct F32 {
     FUSEDSTEP_INLINE friend F32 operator*(F32 a, F32 b) { return _mm512_mul_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 operator/(F32 a, F32 b) { return _mm512_div_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 max(F32 a, F32 b) { return _mm512_max_ps(a.x, b.x); }
+    FUSEDSTEP_INLINE friend F32 min(F32 a, F32 b) { return _mm512_min_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 sqrt(F32 a) { return _mm512_sqrt_ps(a.x); }
     FUSEDSTEP_INLINE friend F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.x, b.x, c.x); }
     FUSEDSTEP_INLINE friend F32 fms(F32 a, F32 b, F32 c) { return _mm512_fmsub_ps(a.x, b.x, c.x); }

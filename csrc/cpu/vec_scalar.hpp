@@ -37,6 +37,7 @@ struct Vec {
     FUSEDSTEP_INLINE friend Vec operator*(Vec a, Vec b) { return Vec(a.x * b.x); }
     FUSEDSTEP_INLINE friend Vec operator/(Vec a, Vec b) { return Vec(a.x / b.x); }
     FUSEDSTEP_INLINE friend Vec max(Vec a, Vec b) { return Vec(a.x > b.x ? a.x : b.x); }
+    FUSEDSTEP_INLINE friend Vec min(Vec a, Vec b) { return Vec(a.x < b.x ? a.x : b.x); }
     FUSEDSTEP_INLINE friend Vec sqrt(Vec a) { return Vec(root(a.x)); }
     FUSEDSTEP_INLINE friend Vec fma(Vec a, Vec b, Vec c) { return Vec(multiply_add(a.x, b.x, c.x)); }
     FUSEDSTEP_INLINE friend Vec fms(Vec a, Vec b, Vec c) { return Vec(multiply_add(a.x, b.x, -c.x)); }

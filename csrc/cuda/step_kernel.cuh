@@ -275,8 +275,7 @@ private:
         for (int k = 0; k < Rule::streams; ++k) {
             units_[k] = 0;
             if (is_blockwise(formats_.of(k)) && count_ > 0)
-                units_[k] = bit_cast<float>(
-                    unit_of(static_cast<const uint32_t*>(arrays_[Rule::streams + k])[begin_ / block_elements]));
+                units_[k] = static_cast<const float*>(arrays_[Rule::streams + k])[begin_ / block_elements];
             FUSEDSTEP_UNROLL
             for (int p = 0; p < packs; ++p) {
                 FUSEDSTEP_UNROLL

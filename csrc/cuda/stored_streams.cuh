@@ -150,7 +150,7 @@ FUSEDSTEP_INLINE void decode_codes(const uint32_t (&codes)[lanes], float unit, V
     FUSEDSTEP_UNROLL
     for (int i = 0; i < lanes; ++i) {
         const auto code = static_cast<typename Moment::Item>(codes[i]);
-        values[i] = Moment::template decode<Vec<float>>(U32(static_cast<uint32_t>(code)), Vec<float>(unit));
+        values[i] = Moment::template decode<Vec<float>>(U32(static_cast<uint32_t>(code)), unit_of(Vec<float>(unit)));
     }
 }
 

@@ -67,6 +67,7 @@ struct Vec<float> {
         return Vec(FUSEDSTEP_ROUNDED(__fdiv_rn(a.x, b.x), a.x / b.x));
     }
     FUSEDSTEP_INLINE friend Vec max(Vec a, Vec b) { return Vec(a.x > b.x ? a.x : b.x); }
+    FUSEDSTEP_INLINE friend Vec min(Vec a, Vec b) { return Vec(a.x < b.x ? a.x : b.x); }
     FUSEDSTEP_INLINE friend Vec sqrt(Vec a) { return Vec(FUSEDSTEP_ROUNDED(__fsqrt_rn(a.x), std::sqrt(a.x))); }
     FUSEDSTEP_INLINE friend Vec fma(Vec a, Vec b, Vec c) {
         return Vec(FUSEDSTEP_ROUNDED(__fmaf_rn(a.x, b.x, c.x), std::fma(a.x, b.x, c.x)));

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "bfloat16.hpp"
 #include "random.hpp"
@@ -21,8 +22,12 @@ struct BlockScale {
     V unit, reciprocal;
 };
 
-// Of a block's unit as stored. All NaN are one, which is a bfloat16.
-FUSEDSTEP_INLINE uint32_t unit_of(uint32_t bits) { return magnitude(bits) > 0x7F800000u ? nan_bits : bits; }
+// Of a block's unit as stored. For a NaN, whatever its bits are, infinity: all codes are worth the NaN of infinity less
+// infinity, which is a bfloat16.
+template <class V>
+FUSEDSTEP_INLINE V unit_of(V stored) {
+    return min(stored, V(std::numeric_limits<float>::infinity()));
+}
 
 // `greatest` is the largest of a block's magnitudes, compared as integers: NaN are above infinity there. A block
 // that reaches 16 ulp below infinity has codes of 0 and a unit of NaN, so that what is finite decodes finite.
