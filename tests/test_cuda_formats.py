@@ -268,6 +268,26 @@ def test_narrow_state_is_saved_and_loaded(kept, way, capturable, gpu, tmp_path, 
     pair.step(DTYPES[dtype])
 
 
+@pytest.mark.parametrize(
+    ("options", "lead"),
+    [
+        ({"master_weights": "float32"}, 3),
+        ({"master_weights": "correction16", "state_dtype": "bfloat16"}, 3),
+        ({"master_weights": "correction8"}, 3),
+        ({"master_weights": "correction8", "state_dtype": "8bit"}, 0),  # in blocks
+        ({"master_weights": "stochastic", "state_dtype": "bfloat16"}, 0),
+    ],
+    ids=str,
+)
+def test_narrow_state_lies_as_its_parameter_where_that_is_in_no_blocks(options, lead, gpu):
+    memory = np.zeros(200, bfloat16)
+    first = 3 - memory.ctypes.data % 16 // 2 & 7
+    optimizer = fs.Adam(CupyArray(memory[first : first + 150]), **options)
+    for key, array in optimizer.state[0].items():
+        if key != "step" and not key.endswith("units"):
+            assert array.data.ptr % 16 == lead * array.dtype.itemsize % 16, key
+
+
 @pytest.mark.parametrize(("saved", "own"), list(product((None, "bfloat16", "8bit"), repeat=2)))
 def test_state_is_converted_as_on_the_cpu(saved, own, gpu):
     pair = Pair(fs.Adam, DTYPES["float32"], sizes=(5, 130), state_dtype=saved)
