@@ -82,8 +82,8 @@ def test_dense_kernels_move_16_bytes_at_a_time(kernels):
         if placing == "Strided":
             continue
         read, written = STREAMS[rule]
-        # Once where all streams lie alike, once where each is as wide as its address allows. A gradient
-        # that is set to zero is written as well.
+        # Once where all streams lie alike, once where each is as wide as its address allows. A
+        # gradient that is set to zero is written as well.
         assert wide(count, "ld") == 2 * read, f"{rule} {element}"
         assert wide(count, "st") == 2 * (written + 1), f"{rule} {element}"
 

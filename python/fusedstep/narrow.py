@@ -118,9 +118,10 @@ class Storage:
                 gpu.copy_as_float32(arrays[name], param)
         return arrays, extras
 
-    def state_dtypes(self, param: Array, state_keys: tuple[str, ...]) -> dict[str, np.dtype[Any]]:
+    def state_dtypes(self, param: Any, state_keys: tuple[str, ...]) -> dict[str, np.dtype[Any]]:
         """Return the dtype of each array that `new_state` makes, by name."""
-        narrow = param.dtype.itemsize == 2
+        dtype = gpu.dtype_of(param)
+        narrow = dtype.itemsize == 2
         float32 = np.dtype(np.float32)
         dtypes: dict[str, np.dtype[Any]] = {}
         for key in state_keys:
@@ -130,7 +131,7 @@ class Storage:
             elif wanted == "bfloat16":
                 dtypes[key] = bfloat16()
             else:
-                dtypes[key] = float32 if narrow else param.dtype
+                dtypes[key] = float32 if narrow else dtype
         beside = _BESIDE.get(self.master_weights or "") if narrow else None
         if beside is not None:
             dtypes[beside[0]] = np.dtype(beside[1])
