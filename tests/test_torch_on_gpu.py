@@ -47,7 +47,7 @@ def draw(seed, dtype):
 
 
 def bits(tensor):
-    return on_host(tensor).contiguous().reshape(-1).view(torch.uint8).tolist()
+    return on_host(tensor).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize("view", VIEWS)
