@@ -51,3 +51,4 @@ def gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctype
     library.set_device_of_pointers(0)
     library.set_refused_dtype(-1)
     library.set_norm_is_refused(0)
+    library.set_launches_to_failure(-1)

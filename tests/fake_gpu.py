@@ -14,6 +14,14 @@ import pytest
 from numpy.typing import NDArray
 
 
+def zeros(shape: Any, dtype: Any = np.float64) -> NDArray[Any]:
+    """Return zeros that begin at a boundary, as a GPU's memory does."""
+    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(count + 256, np.uint8)
+    offset = -memory.ctypes.data % 256
+    return memory[offset : offset + count].view(dtype).reshape(shape)
+
+
 class CupyArray:
     """What fusedstep reads of a ``cupy.ndarray``."""
 
@@ -23,7 +31,7 @@ class CupyArray:
     def __init__(self, array: NDArray[Any], device: int = 0) -> None:
         self.host = array
         self.dtype, self.shape, self.strides = array.dtype, array.shape, array.strides
-        self.ndim, self.size = array.ndim, array.size
+        self.ndim, self.size, self.flags = array.ndim, array.size, array.flags
         self.device = nullcontext()
         self.data = SimpleNamespace(ptr=array.ctypes.data, device_id=device)
 
@@ -38,6 +46,9 @@ class CupyArray:
 
     def __lshift__(self, count: int) -> CupyArray:
         return CupyArray(self.host << count, self.data.device_id)
+
+    def reshape(self, shape: Any) -> CupyArray:
+        return CupyArray(self.host.reshape(shape), self.data.device_id)
 
     def view(self, dtype: Any) -> CupyArray:
         return CupyArray(self.host.view(dtype), self.data.device_id)
@@ -67,7 +78,7 @@ class Cupy:
         module.zeros_like = lambda like, dtype: CupyArray(
             np.zeros_like(like.host, dtype), like.data.device_id
         )
-        module.zeros = lambda *args: CupyArray(np.zeros(*args))
+        module.zeros = lambda *args: CupyArray(zeros(*args))
         module.asarray = CupyArray
         module.cuda = SimpleNamespace(get_current_stream=get_current_stream)
         monkeypatch.setitem(sys.modules, "cupy", module)

@@ -1,5 +1,6 @@
 """The GPU benchmark, with NumPy in CuPy's place: it runs to its end and judges what it measured."""
 
+import itertools
 import json
 import sys
 import time
@@ -30,7 +31,10 @@ class Device:
 
 @pytest.fixture
 def cupy(monkeypatch):
-    backend = SimpleNamespace(info=lambda: {"driver": "13.0", "toolkit": "13.0"})
+    counts = itertools.count()
+    backend = SimpleNamespace(
+        info=lambda: {"driver": "13.0", "toolkit": "13.0"}, launch_count=lambda: next(counts)
+    )
     monkeypatch.setitem(sys.modules, "fusedstep._cuda", backend)
     monkeypatch.setattr(cuda, "COPY_BYTES", 1 << 16)
     pool = SimpleNamespace(free_bytes=lambda: 0, free_all_blocks=lambda: None)
@@ -77,10 +81,12 @@ def test_a_quick_run(cupy, monkeypatch, tmp_path):
             assert all(t["median"] > 0 for t in case[timings].values())
     (case,) = record["narrow"]
     assert case["elements"] == 1_000_000
-    assert set(case["timings"]) == {*cuda.cuda_narrow.narrow.OURS, cuda.cuda_narrow.CLIPPED}
+    narrow = cuda.cuda_narrow
+    assert set(case["timings"]) == {*narrow.narrow.OURS, narrow.CLIPPED, narrow.OFFSET}
     rows = {(row["case"], row["claim"]): row for row in record["requirements"]}
     cost = rows[small.name, "fusedstep, microseconds until the call returns"]
     assert cost["met"] == (cost["measured"] <= 25)
+    assert rows[small.name, "fusedstep, launches of a step"]["measured"] == 1
     large = rows["adam float32 1,000,000,000", "fusedstep, times as fast as device copy (gpu)"]
     assert large["measured"] is None
     write(record, tmp_path, "gpu")
@@ -123,11 +129,14 @@ def test_the_requirements_of_steps_in_fewer_bytes():
 
 @pytest.mark.parametrize(("offset", "met"), [(0.9, True), (1.02, True), (1.04, False)])
 def test_the_odd_tensor_may_take_3_percent_longer(offset, met):
-    timings = {"fusedstep": {"median": 1.0}, cuda.OFFSET: {"median": offset}}
+    medians = {"fusedstep": 1.0, cuda.OFFSET: offset, cuda.OWN_STATE: 1.0}
+    timings = {name: {"median": median} for name, median in medians.items()}
     case = {"name": "adam float32 100,000,000", "gpu_timings": timings, "timings": timings}
-    (row,) = (row for row in cuda.requirements_of({"cases": [case]}) if row["measured"])
-    assert row["claim"] == "fusedstep, odd offset, times as fast as fusedstep (gpu)"
-    assert row["met"] == met
+    rows = [row for row in cuda.requirements_of({"cases": [case]}) if row["measured"]]
+    assert [(row["claim"], row["met"]) for row in rows] == [
+        ("fusedstep, odd offset, times as fast as fusedstep (gpu)", met),
+        ("fusedstep, odd offset, own state, times as fast as fusedstep (gpu)", True),
+    ]
 
 
 def test_a_case_for_which_the_gpu_is_too_small_is_skipped(cupy):
@@ -138,9 +147,29 @@ def test_a_case_for_which_the_gpu_is_too_small_is_skipped(cupy):
 
 
 def test_the_odd_tensor_is_odd_and_off_the_boundary(cupy, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        cuda.fs, "adam_step", lambda p, *rest, **options: seen.update(size=p.size, base=p.base.size)
-    )
-    cuda.odd_offset(cupy, 1000)()
-    assert seen == {"size": 1001, "base": 1002}
+    seen = []
+    monkeypatch.setattr(cuda.fs, "adam_step", lambda *arrays, **options: seen.append(arrays))
+    steps = cuda.odd_offsets(cupy, 1000)
+    for name in (cuda.OFFSET, cuda.PARAMETER_ALONE):
+        steps[name]()
+    assert all(array.size == 1001 for arrays in seen for array in arrays)
+    assert [[array.base is not None for array in arrays] for arrays in seen] == [
+        [True] * 4, [True, False, False, False],
+    ]  # fmt: skip
+    assert {array.base.size for array in seen[0]} == {1002}
+    steps[cuda.OWN_STATE]()
+
+
+def test_the_odd_narrow_tensor_is_odd_and_off_the_boundary(cupy, monkeypatch):
+    seen = []
+
+    class Adam:
+        def __init__(self, param, **options):
+            seen.append(param)
+
+        def step(self, grad):
+            seen.append(grad)
+
+    monkeypatch.setattr(cuda.cuda_narrow.fs, "Adam", Adam)
+    cuda.cuda_narrow.odd_offset(cupy, 1000)()
+    assert [(a.size, a.base.size, a.dtype.name) for a in seen] == [(1001, 1002, "bfloat16")] * 2

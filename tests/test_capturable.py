@@ -151,6 +151,29 @@ def test_numbers_that_float32_cannot_hold_are_refused(kind, options, message, gp
     assert gpu.begun_count() == begun
 
 
+@pytest.mark.parametrize("failing", range(3))
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_step_that_cannot_be_launched_is_not_counted(skipped, failing, gpu):
+    memory = [float32(5), float32(4)]
+    expected = [a.copy() for a in memory]
+    ours = fs.Adam([{"params": CupyArray(a)} for a in memory], capturable=True)
+    theirs = fs.Adam([{"params": a} for a in expected])
+    grads = [float32(5), float32(4)]
+    for optimizer, wrap in ((ours, CupyArray), (theirs, np.asarray)):
+        optimizer.step([wrap(g) for g in grads])
+    options = {"skip_nonfinite": True} if skipped else {}
+    bad = [np.full_like(g, np.inf) if skipped else g for g in grads]
+    gpu.set_launches_to_failure(failing)  # of the two groups' counts and the step itself
+    with pytest.raises(RuntimeError, match="launch failed"):
+        ours.step([CupyArray(g) for g in bad], **options)
+    assert [s["step"] for s in ours.state.values()] == [1, 1]
+    assert [a.tobytes() for a in memory] == [a.tobytes() for a in expected]
+    for optimizer, wrap in ((ours, CupyArray), (theirs, np.asarray)):
+        optimizer.step([wrap(g) for g in grads])
+    assert [s["step"] for s in ours.state.values()] == [2, 2]
+    assert [a.tobytes() for a in memory] == [a.tobytes() for a in expected]
+
+
 def test_an_lr_on_the_gpu_stays_where_a_callable_was_saved(gpu):
     plain = fs.Adam(float32(3), lr=lambda t: 0.1)
     plain.step(float32(3))

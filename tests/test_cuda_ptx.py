@@ -22,6 +22,9 @@ STORED_KERNEL = re.compile(
     r"\.entry \w*?step_kernelINS_\d+([A-Z]\w+?)EfNS\d_\d(StoredAsI\w+?EEE|StoredE)\w+\((.*?)\n}\n",
     re.S,
 )
+# Of an element in each format that kernels are compiled for, and of what is beside it.
+BYTES = {0: (4,), 1: (2,), 6: (2, 1), 7: (2,), 8: (1,), 9: (1,)}
+SIGNED8 = 8
 STREAMS = {"Gd": (2, 1), "GdMomentum": (3, 2), "Adam": (4, 3), "AmsGrad": (5, 4)}  # read, written
 
 
@@ -68,16 +71,21 @@ def test_every_kernel_is_there(kernels):
     assert set(variants.values()) == {2}  # a small and a large table
 
 
+def wide(count, direction):
+    """Return how many accesses move 16 bytes."""
+    pattern = rf"{direction}\.global\.v(2\.\w64|4\.\w32)"
+    return sum(n for name, n in count.items() if re.fullmatch(pattern, name))
+
+
 def test_dense_kernels_move_16_bytes_at_a_time(kernels):
     for rule, element, placing, count in kernels:
         if placing == "Strided":
             continue
-        pack = "v4.f32" if element == "f" else "v2.f64"
         read, written = STREAMS[rule]
-        # A gradient that is set to zero is written as well, by a store of whatever type.
-        assert count[f"ld.global.{pack}"] == read, f"{rule} {element}"
-        stores = sum(n for name, n in count.items() if re.match(r"st\.global\.v[24]\.", name))
-        assert (count[f"st.global.{pack}"] >= written, stores) == (True, written + 1), rule
+        # Once where all streams lie alike, once where each is as wide as its address allows. A
+        # gradient that is set to zero is written as well.
+        assert wide(count, "ld") == 2 * read, f"{rule} {element}"
+        assert wide(count, "st") == 2 * (written + 1), f"{rule} {element}"
 
 
 def only_the_operations_of_the_rules(count, where, *, and_of_formats=False):
@@ -118,9 +126,16 @@ def test_the_kernels_of_narrow_arrays_are_exact_and_keep_to_registers(stored_ker
         for name in [name for name in count if name.startswith("cvt.rn.f32.f64")]:
             assert count.pop(name) == 1
         only_the_operations_of_the_rules(count, f"{rule} {formats}", and_of_formats=True)
-        if formats != "StoredE":  # all that is in blocks of memory, it moves in packs of four
-            packs = sum(n for name, n in count.items() if re.match(r"ld\.global\.v4\.", name))
-            assert packs == STREAMS[rule][0] + formats.startswith("StoredAsIJLNS_6FormatE6")
+        if formats != "StoredE":
+            parameter, *others = [int(n) for n in re.findall(r"(?:FormatE|S4_)(\d)", formats)]
+            lanes = 16 if SIGNED8 in others else 8
+            packs = lanes * sum([*BYTES[parameter], *(b for f in others for b in BYTES[f])]) // 16
+            # The gradient is read, and written where it is set to zero.
+            assert (wide(count, "ld"), wide(count, "st")) == (packs, packs), formats
+        else:  # eight elements of any size: of 4 bytes, two accesses, of 2, one, of 1, half a one
+            read, written = STREAMS[rule]
+            expected = 3 * (read + 1), 3 * (written + 2)  # and of what is beside the parameter
+            assert (wide(count, "ld"), wide(count, "st")) == expected, rule
         # All lanes of a warp exchange values, and none of them has left before.
         for mask in re.findall(r"shfl\.sync\.bfly\.b32\s+.*, (\S+);", body):
             assert re.search(rf"mov\.[bu]32\s+{mask}, -1;", body)

@@ -37,7 +37,9 @@ def on_gpu(cupy, monkeypatch):
         pointer = cupy.cuda.MemoryPointer(memory, 0)
         return cupy.ndarray(array.shape, dtype or array.dtype, pointer, array.strides)
 
-    monkeypatch.setattr(gpu_library, "zeros_like", lambda p, dtype: wrap(np.zeros(p.shape, dtype)))
+    monkeypatch.setattr(
+        gpu_library, "zeros_like", lambda p, dtype, lead=0: wrap(np.zeros(p.shape, dtype))
+    )
     monkeypatch.setattr(gpu_library, "zeros", lambda n, dtype, p: wrap(np.zeros(n, dtype)))
     return wrap
 

@@ -198,6 +198,16 @@ def test_lists(rule, count, cupy):
     step_both(cupy, function, arrays, **options_of(rule))
 
 
+@pytest.mark.parametrize(("count", "launches"), [(1, 1), (148, 1), (1361, 1), (1362, 2)])
+def test_a_list_is_one_launch(count, launches, cupy):
+    backend = importlib.import_module("fusedstep._cuda")
+    params, grads = ([cupy.ones(5, cupy.float32) for _ in range(count)] for _ in range(2))
+    optimizer = fs.Adam(params)
+    before = backend.launch_count()
+    optimizer.step(grads)
+    assert backend.launch_count() - before == launches
+
+
 def test_a_list_of_mixed_types_and_steps(cupy):
     names = ("params", "grads", *ADAM)
     single = random_arrays(names, np.float32, [5, 1000, 3])

@@ -301,6 +301,25 @@ def test_an_optimizer_steps_gpu_arrays_as_it_steps_numpy_arrays(kind, options, c
     assert [a.tobytes() for a in results[0]] == [a.tobytes() for a in results[1]]
 
 
+@pytest.mark.parametrize("offset", range(5))
+def test_state_lies_against_its_boundaries_as_its_parameter(offset, cupy, gpu):
+    results = []
+    for wrap in (np.asarray, CupyArray):
+        memory = np.concatenate([float32(4), float32(3, 7).ravel()])
+        # NumPy's memory may begin anywhere.
+        first = offset - memory.ctypes.data % 16 // 4 & 3
+        params = wrap(memory[first : first + 21].reshape(3, 7))
+        optimizer = fs.Adam(params, amsgrad=True)
+        optimizer.step(wrap(float32(3, 7)))
+        state = [a for a in optimizer.state[0].values() if not isinstance(a, int)]
+        results.append([memory, *(getattr(a, "host", a) for a in state)])
+    assert len(state) == 3
+    for array in state:
+        assert array.shape == (3, 7)
+        assert array.data.ptr % 16 == params.data.ptr % 16 == offset * 4 % 16
+    assert [a.tobytes() for a in results[0]] == [a.tobytes() for a in results[1]]
+
+
 def test_an_optimizer_joins_the_stream_that_is_current_at_each_step(cupy, gpu):
     optimizer = fs.Adam(CupyArray(float32(3), 2))
     for stream in (3, 4):

@@ -45,12 +45,13 @@ class Pair:
             memory[-1][4] = bad  # in every view
         return memory, [self.on_gpu_memory(g) for g in memory]
 
-    def step(self, dtype, bad=None, **options):
+    def step(self, dtype, bad=None, view=None, **options):
         host, device = self.gradients(dtype, bad)
+        view = self.view if view is None else VIEWS[view]
         with np.errstate(all="ignore"):
             infos = (
-                self.on_cpu.step([self.view(g) for g in host], **options),
-                self.on_gpu.step([self.view(g) for g in device], **options),
+                self.on_cpu.step([view(g) for g in host], **options),
+                self.on_gpu.step([view(g) for g in device], **options),
             )
         self.check()
         for i, (a, b) in enumerate(zip(host, device, strict=True)):
@@ -79,6 +80,16 @@ def test_narrow_arrays(dtype, master_weights, state_dtype, rule, cupy):  # noqa:
         pair = Pair(cupy, make, DTYPES[dtype], view, capturable=capturable, **options)
         for grad in DTYPES.values():
             pair.step(grad)
+
+
+@pytest.mark.parametrize("views", [("dense", "odd offset"), ("odd offset", "dense")], ids=str)
+@pytest.mark.parametrize("state_dtype", STATE)
+@pytest.mark.parametrize(("dtype", "master_weights"), PARAMETERS)
+def test_gradients_that_lie_differently(dtype, master_weights, state_dtype, views, cupy):  # noqa: F811
+    options = {"state_dtype": state_dtype, "master_weights": master_weights}
+    pair = Pair(cupy, fs.Adam, DTYPES[dtype], views[0], **options)
+    for _ in range(2):
+        pair.step(DTYPES[dtype], view=views[1], zero_grad=True)
 
 
 OPTIONS = {
@@ -253,3 +264,28 @@ def test_narrow_torch_tensors(dtype, master_weights, state_dtype, torch):  # noq
     for key, array in theirs.state[0].items():
         if key != "step":
             assert same_bits(fs.gpu.to_host(ours.state[0][key]), array), key
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("state_dtype", STATE)
+@pytest.mark.parametrize(("dtype", "master_weights"), PARAMETERS)
+def test_torch_optimizers(dtype, master_weights, state_dtype, name, torch):  # noqa: F811
+    import fusedstep.torch as fst
+
+    kind = getattr(torch, dtype)
+    values, grads = (torch.randn(1001, generator=torch.manual_seed(i)).to(kind) for i in range(2))
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    options |= {"state_dtype": state_dtype, "master_weights": master_weights, "seed": 9}
+    results = []
+    for device in ("cpu", "cuda"):
+        param = torch.nn.Parameter(values.clone().to(device)[1:])
+        optimizer = getattr(fst, name)([param], lr=0.01, **options)
+        for _ in range(3):
+            param.grad = grads.to(device)[1:]
+            optimizer.step()
+        state = {k: v for k, v in optimizer.state[param].items() if isinstance(v, torch.Tensor)}
+        tensors = {"param": param.detach(), **state}
+        results.append({k: v.cpu().reshape(-1).view(torch.uint8) for k, v in tensors.items()})
+    assert results[0].keys() == results[1].keys()
+    for key, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][key]), key

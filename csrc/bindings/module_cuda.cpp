@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../cuda/backend.hpp"
+#include "../cuda/device.hpp"
 #include "../cuda/error.hpp"
 #include "../cuda/launch.hpp"
 
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     module.doc() = "The CUDA kernels of fusedstep.";
     module.attr("backend") = py::capsule(&backend, fusedstep::GpuBackend::capsule_name);
     module.def("info", &info);
+    module.def("launch_count", [] { return cuda::launches.load(std::memory_order_relaxed); });
     module.def("error_text", [](int error, const std::string& driver) {
         return cuda::error_text(static_cast<cudaError_t>(error), driver);
     });

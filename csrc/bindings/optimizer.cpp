@@ -500,7 +500,7 @@ private:
     }
 
     void add_group_on_gpu(const Group<Hyper>& group, const Preparation& prepared, size_t g) {
-        GroupOnGpu<Hyper> on_gpu{group.state, nullptr, DType::float64, prepared.hypers[g], seed_, nullptr};
+        GroupOnGpu<Hyper> on_gpu{group.state, nullptr, DType::float64, prepared.hypers[g], seed_, nullptr, false};
         if (prepared.sources[g].lr_on_gpu) {
             const std::string& prefix = prepared.sources[g].prefix;
             const py::object lr = prepared.dicts[g][keys().lr];

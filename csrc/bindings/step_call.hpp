@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <deque>
+#include <exception>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -176,23 +177,57 @@ private:
                       options.norm_outcome, options.norm_options()},
                      device, stream);
         }
-        const auto begin_steps = [&](auto& groups, auto begin_step) {
-            for (auto& group : groups) {
-                group.norm = norm;
-                begin_step(group, device, stream);
-            }
-        };
-        auto& [gd_groups, adam_groups] = groups_;
-        begin_steps(gd_groups, gpu.begin_gd_step);
-        begin_steps(adam_groups, gpu.begin_adam_step);
-        const bool scalars_on_gpu = !gd_groups.empty() || !adam_groups.empty();
+        CountedSteps counted(*this, norm);
+        counted.begin();
         for_each_job([&](Job job) {
-            job.scalars_on_gpu = scalars_on_gpu;
+            job.scalars_on_gpu = counted.any();
             job.zero_grad = options.zero_grad;
             job.norm = norm;
             gpu.launch(job, device, stream);
         });
+        counted.keep();
     }
+
+    // The steps of groups that are counted on the GPU; taken back there, unless kept: a launch can fail.
+    class CountedSteps {
+    public:
+        CountedSteps(StepCall& call, const NormOutcome* norm) : call_(call) {
+            for_each_group([&](auto& group, auto) { group.norm = norm; });
+        }
+        CountedSteps(const CountedSteps&) = delete;
+        CountedSteps& operator=(const CountedSteps&) = delete;
+        ~CountedSteps() {
+            try {
+                for_each_group([&](auto& group, auto begin_step) {
+                    if (begun_ == 0) return;
+                    --begun_;
+                    group.taken_back = true;
+                    begin_step(group, call_.placement.device(), call_.gpu_arrays.stream());
+                });
+            } catch (const std::exception&) {  // the GPU takes no more work, and what it holds is lost
+            }
+        }
+
+        bool any() const { return begun_ != 0; }
+        void begin() {
+            for_each_group([&](auto& group, auto begin_step) {
+                begin_step(group, call_.placement.device(), call_.gpu_arrays.stream());
+                ++begun_;
+            });
+        }
+        void keep() { begun_ = 0; }
+
+    private:
+        template <class Visit>
+        void for_each_group(Visit visit) const {
+            const GpuBackend& gpu = call_.gpu_arrays.backend();
+            for (auto& group : call_.groups<GdHyper>()) visit(group, gpu.begin_gd_step);
+            for (auto& group : call_.groups<AdamHyper>()) visit(group, gpu.begin_adam_step);
+        }
+
+        StepCall& call_;
+        size_t begun_ = 0;  // groups, in this order
+    };
 
     int64_t bytes() const {
         int64_t bytes = 0;

@@ -39,6 +39,7 @@ struct GroupOnGpu {
     Hyper hyper;
     uint64_t seed;
     const NormOutcome* norm;  // in the GPU's memory: whether there is a step; null: there is
+    bool taken_back = false;  // the step that was begun last is not taken after all
 };
 
 }  // namespace fusedstep

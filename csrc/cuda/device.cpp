@@ -34,6 +34,8 @@ struct Driver {
 
 }  // namespace
 
+std::atomic<int64_t> launches{0};
+
 DeviceGuard::DeviceGuard(int device) {
     // A driver that has not been used yet refuses to say; there is no context then.
     if (Driver::instance().get(&before_) != CUDA_SUCCESS) before_ = nullptr;

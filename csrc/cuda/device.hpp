@@ -13,6 +13,17 @@ namespace fusedstep::cuda {
 
 constexpr int most_cached_devices = 64;
 
+// Kernels that this process has launched.
+extern std::atomic<int64_t> launches;
+
+// Launches a kernel of one argument.
+template <class Argument>
+void launch_kernel(const void* function, unsigned grid, int threads, const Argument& argument, cudaStream_t stream) {
+    void* arguments[] = {const_cast<Argument*>(&argument)};
+    check(cudaLaunchKernel(function, grid, threads, arguments, 0, stream));
+    launches.fetch_add(1, std::memory_order_relaxed);
+}
+
 // Makes a device's context current to the calling thread, and what was current before again at the end.
 // cudaSetDevice cannot do the latter: a thread may have had no context at all, and to set device 0 for it
 // would make one there.
@@ -47,8 +58,7 @@ public:
     template <class Argument>
     static void launch(const Argument& argument, int64_t pieces, int device, cudaStream_t stream) {
         const auto grid = static_cast<unsigned>(std::min<int64_t>(pieces, most_blocks(device)));
-        void* arguments[] = {const_cast<Argument*>(&argument)};
-        check(cudaLaunchKernel(Which::function(), grid, Which::threads, arguments, 0, stream));
+        launch_kernel(Which::function(), grid, Which::threads, argument, stream);
     }
 
 private:

@@ -27,6 +27,10 @@ FUSEDSTEP_INLINE void compute_scalars(const AdamHyper& hyper, GroupState<AdamHyp
 template <class Hyper>
 FUSEDSTEP_INLINE void begin_step(const GroupOnGpu<Hyper>& group) {
     if (group.norm != nullptr && group.norm->skipped) return;
+    if (group.taken_back) {
+        --group.state->step;
+        return;
+    }
     Hyper hyper = group.hyper;
     if (group.lr != nullptr) {
         hyper.lr = group.lr_dtype == DType::float32 ? *static_cast<const float*>(group.lr)

@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "device.hpp"
 #include "group_step.cuh"
 #include "launch_stored.hpp"
 #include "step_launch.cuh"
@@ -49,8 +50,7 @@ void load_begin_step() {
 template <class Hyper>
 void launch_begin_step(const GroupOnGpu<Hyper>& group, int device, void* stream) {
     const DeviceGuard guard(device);
-    void* arguments[] = {const_cast<GroupOnGpu<Hyper>*>(&group)};
-    check(cudaLaunchKernel(begin_step_function<Hyper>(), 1, 1, arguments, 0, static_cast<cudaStream_t>(stream)));
+    launch_kernel(begin_step_function<Hyper>(), 1, 1, group, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "../core/job.hpp"
+#include "access.cuh"
 #include "step_table.hpp"
 #include "stored_streams.cuh"
 #include "team.hpp"
@@ -19,74 +20,67 @@ struct Place {
     int thread, threads;
 };
 
-// Steps the elements of the pack at element `at`.
-template <class Rule, class T, int lanes, class Scalars>
+// Steps `lanes` elements from element `at` on. Every stream is at a multiple of `aligned` bytes there.
+template <class Rule, class T, int lanes, int aligned, class Scalars>
 FUSEDSTEP_INLINE void step_pack(void* const* streams, int64_t at, const Scalars& scalars, bool zero_grad) {
-    Pack<T, lanes> packs[Rule::streams];
+    constexpr int bytes = lanes * static_cast<int>(sizeof(T));
+    const auto memory = [&](int k) { return reinterpret_cast<char*>(static_cast<T*>(streams[k]) + at); };
+    T packs[Rule::streams][lanes];
     FUSEDSTEP_UNROLL
-    for (int k = 0; k < Rule::streams; ++k) {
-        packs[k] = *reinterpret_cast<const Pack<T, lanes>*>(static_cast<const T*>(streams[k]) + at);
-    }
+    for (int k = 0; k < Rule::streams; ++k) read_elements<bytes, aligned>(memory(k), packs[k]);
     FUSEDSTEP_UNROLL
     for (int i = 0; i < lanes; ++i) {
         Vec<T> values[Rule::streams];
         FUSEDSTEP_UNROLL
-        for (int k = 0; k < Rule::streams; ++k) values[k] = Vec<T>(packs[k].x[i]);
+        for (int k = 0; k < Rule::streams; ++k) values[k] = Vec<T>(packs[k][i]);
         apply<Rule>(values, scalars);
         FUSEDSTEP_UNROLL
-        for (int k = 0; k < Rule::streams; ++k) packs[k].x[i] = values[k].x;
+        for (int k = 0; k < Rule::streams; ++k) packs[k][i] = values[k].x;
     }
     FUSEDSTEP_UNROLL
     for (int k = 0; k < Rule::streams; ++k) {
-        if (Rule::written >> k & 1) *reinterpret_cast<Pack<T, lanes>*>(static_cast<T*>(streams[k]) + at) = packs[k];
+        if (Rule::written >> k & 1) write_elements<bytes, aligned>(packs[k], memory(k));
     }
-    if (zero_grad)
-        *reinterpret_cast<Pack<T, lanes>*>(static_cast<T*>(streams[gradient_stream]) + at) = Pack<T, lanes>{};
+    if (zero_grad) {
+        constexpr T zeros[lanes] = {};
+        write_elements<bytes, aligned>(zeros, memory(gradient_stream));
+    }
 }
 
-// The elements of the pack in which a tensor begins that are before it.
-template <class T, class Rule>
-FUSEDSTEP_INLINE int lead_of(const Entry<Rule, Dense>&, void* const* streams) {
-    const int lead = common_lead<T>(streams, Rule::streams);
-    return lead < 0 ? 0 : lead;
-}
-template <class T, class Rule, class Placing>
-FUSEDSTEP_INLINE int lead_of(const Entry<Rule, Placing>&, void* const*) {
-    return 0;
-}
+// Of a tensor: elements `begin` to `end`. Those before the first are none, where the pack that it lies in begins.
+struct Chunk {
+    int64_t begin, end;
+};
 
-// Steps one chunk of a dense tensor: elements from `begin`, which is before the first where that lies past a
-// pack boundary, to `end`. Only the first and the last pack of a tensor can be partial.
-template <class Rule, class T, int lanes, class Scalars>
-FUSEDSTEP_INLINE void step_packs(void* const* streams, int64_t begin, int64_t end, const Scalars& scalars,
-                                 bool zero_grad, const Place& place) {
-    for (int64_t at = begin + place.thread * lanes; at < end; at += place.threads * lanes) {
-        if (at >= 0 && at + lanes <= end) {
-            step_pack<Rule, T, lanes>(streams, at, scalars, zero_grad);
+// Only the first and the last pack of a tensor can be partial.
+template <class Rule, class T, int aligned, class Scalars>
+FUSEDSTEP_INLINE void step_packs(void* const* streams, const Chunk& chunk, const Scalars& scalars, bool zero_grad,
+                                 const Place& place) {
+    constexpr int lanes = pack_lanes<T>;
+    for (int64_t at = chunk.begin + place.thread * lanes; at < chunk.end; at += place.threads * lanes) {
+        if (at >= 0 && at + lanes <= chunk.end) {
+            step_pack<Rule, T, lanes, aligned>(streams, at, scalars, zero_grad);
         } else {
             for (int i = 0; i < lanes; ++i) {
-                if (at + i >= 0 && at + i < end) step_pack<Rule, T, 1>(streams, at + i, scalars, zero_grad);
+                if (at + i >= 0 && at + i < chunk.end)
+                    step_pack<Rule, T, 1, sizeof(T)>(streams, at + i, scalars, zero_grad);
             }
         }
     }
 }
 
-// Of a tensor, counted from the pack boundary at or below its first element where it has a lead.
-struct Chunk {
-    int64_t begin, count;
-};
-
 // Steps a chunk of a tensor, of all streams native and dense ...
 template <class Rule, class T, class Table, class Shared, class Scalars, class Team>
 FUSEDSTEP_INLINE void step_chunk(const Table& table, const Entry<Rule, Dense>&, const Shared&, void* const* streams,
                                  const Chunk& chunk, const Scalars& scalars, const Place& place, const Team&) {
-    const int lead = common_lead<T>(streams, Rule::streams);
-    const int64_t begin = chunk.begin - (lead < 0 ? 0 : lead);
-    const int64_t end = begin + chunk.count;
-    if (lead < 0)
-        step_packs<Rule, T, 1>(streams, begin, end, scalars, table.zero_grad, place);
+    const auto address = [&](int k) { return reinterpret_cast<uintptr_t>(streams[k]); };
+    bool alike = true;
+    FUSEDSTEP_UNROLL
+    for (int k = 1; k < Rule::streams; ++k) alike = alike && (address(k) - address(0)) % pack_bytes == 0;
+    if (alike)
+        step_packs<Rule, T, pack_bytes>(streams, chunk, scalars, table.zero_grad, place);
     else
-        step_packs<Rule, T, pack_lanes<T>>(streams, begin, end, scalars, table.zero_grad, place);
+        step_packs<Rule, T, sizeof(T)>(streams, chunk, scalars, table.zero_grad, place);
 }
 
 // In a table: how the arrays of a tensor are walked. Null: they are dense.
@@ -137,7 +131,7 @@ FUSEDSTEP_INLINE void step_chunk(const Table& table, const Entry<Rule, Strided>&
     const int dimensions = static_cast<int>(layout[0]);
     const int64_t* const shape = layout + 1;
     const int64_t* const strides = shape + dimensions;
-    for (int64_t at = chunk.begin + place.thread; at < chunk.begin + chunk.count; at += place.threads) {
+    for (int64_t at = chunk.begin + place.thread; at < chunk.end; at += place.threads) {
         char* elements[Rule::streams];
         FUSEDSTEP_UNROLL
         for (int k = 0; k < Rule::streams; ++k) elements[k] = static_cast<char*>(streams[k]);
@@ -162,66 +156,82 @@ FUSEDSTEP_INLINE void step_chunk(const Table& table, const Entry<Rule, Strided>&
     }
 }
 
-// Elements that a thread reads of a stream at once, where streams are not all native.
-constexpr int stored_lanes = 4;
-
-// The items of one array at elements [at, at + count), as bits.
+// Of one array, the elements of a pack that begins at element `at`: those from `first` to `end` are the tensor's. As
+// words, in which they lie as in memory.
 template <int lanes>
-FUSEDSTEP_INLINE void read_array(int item, const void* memory, const Walk& walk, int array, int64_t at, int count,
-                                 uint32_t (&bits)[lanes]) {
+FUSEDSTEP_INLINE void read_pack(int item, const void* memory, const Walk& walk, int array, int64_t at, int first,
+                                int end, uint32_t (&words)[lanes]) {
     const char* const from = static_cast<const char*>(memory);
-    if (walk.layout == nullptr) return read_items(item, from + at * item, count, bits);
+    if (walk.layout == nullptr && first <= 0 && end >= lanes) {
+        return with_item(item, [&](auto type) {
+            read_elements<lanes * sizeof(type), sizeof(type)>(from + at * sizeof(type), words);
+        });
+    }
     FUSEDSTEP_UNROLL
     for (int i = 0; i < lanes; ++i) {
-        if (i >= count) continue;
-        uint32_t one[1];
-        read_items(item, from + walk.offset(array, at + i), 1, one);
-        bits[i] = one[0];
+        uint32_t bits = 0;
+        if (i >= first && i < end) {
+            const int64_t offset = walk.layout == nullptr ? (at + i) * item : walk.offset(array, at + i);
+            with_item(item, [&](auto type) { bits = *reinterpret_cast<const decltype(type)*>(from + offset); });
+        }
+        with_item(item, [&](auto type) { put_item_in<decltype(type)>(words, i, bits); });
     }
 }
 
 template <int lanes>
-FUSEDSTEP_INLINE void write_array(int item, void* memory, const Walk& walk, int array, int64_t at, int count,
-                                  const uint32_t (&bits)[lanes]) {
+FUSEDSTEP_INLINE void write_pack(int item, void* memory, const Walk& walk, int array, int64_t at, int first, int end,
+                                 const uint32_t (&words)[lanes]) {
     char* const to = static_cast<char*>(memory);
-    if (walk.layout == nullptr) return write_items(item, to + at * item, count, bits);
+    if (walk.layout == nullptr && first <= 0 && end >= lanes) {
+        return with_item(item, [&](auto type) {
+            write_elements<lanes * sizeof(type), sizeof(type)>(words, to + at * sizeof(type));
+        });
+    }
     FUSEDSTEP_UNROLL
     for (int i = 0; i < lanes; ++i) {
-        if (i >= count) continue;
-        const uint32_t one[1] = {bits[i]};
-        write_items(item, to + walk.offset(array, at + i), 1, one);
+        if (i < first || i >= end) continue;
+        const int64_t offset = walk.layout == nullptr ? (at + i) * item : walk.offset(array, at + i);
+        with_item(item, [&](auto type) {
+            using Item = decltype(type);
+            *reinterpret_cast<Item*>(to + offset) = static_cast<Item>(item_in<Item>(words, i));
+        });
     }
 }
 
-// A thread's part of a block of 64 elements of a tensor whose streams are not all native.
+// A thread's part of 64 elements of a tensor whose streams are not all native: a block of them, where its formats have
+// blocks.
 template <class Rule, class Formats, class Team>
 class StoredBlock {
 public:
-    // The threads that share a block, and what is a thread's of it: packs so many elements apart.
+    static constexpr int lanes = Formats::lanes;
+    // The threads that share it, and what is a thread's: packs so many elements apart.
     static constexpr int threads =
-        Team::threads < block_elements / stored_lanes ? Team::threads : static_cast<int>(block_elements) / stored_lanes;
-    static constexpr int stride = threads * stored_lanes;
+        Team::threads < block_elements / lanes ? Team::threads : static_cast<int>(block_elements) / lanes;
+    static constexpr int stride = threads * lanes;
     static constexpr int packs = static_cast<int>(block_elements) / stride;
 
-    // `count` elements from `begin` on; that may be none, but the others of the team wait for this thread.
+    // From element `begin` on, which may be before the first, to `end`. There may be none of these, but the others of
+    // the team wait for this thread.
     FUSEDSTEP_INLINE StoredBlock(const Formats& formats, void* const* arrays, const Walk& walk, int64_t begin,
-                                 int64_t count, int thread)
+                                 int64_t end, int thread)
         : formats_(formats),
           arrays_(arrays),
           walk_(walk),
           begin_(begin),
-          count_(static_cast<int>(count < 0 ? 0 : count)),
-          first_(thread % threads * stored_lanes) {}
+          before_first_(formats.in_blocks() || begin >= 0 ? 0 : static_cast<int>(-begin)),
+          count_(static_cast<int>(end - begin < 0                ? 0
+                                  : end - begin < block_elements ? end - begin
+                                                                 : block_elements)),
+          first_(thread % threads * lanes) {}
 
     template <class Scalars>
     FUSEDSTEP_INLINE void step(const Scalars& scalars, uint64_t random, bool zero_grad, const Team& team) {
         read();
-        Vec<float> values[packs][Rule::streams][stored_lanes];
+        Vec<float> values[packs][Rule::streams][lanes];
         FUSEDSTEP_UNROLL
         for (int k = 0; k < Rule::streams; ++k) {
             FUSEDSTEP_UNROLL
-            for (int p = 0; p < packs; ++p)
-                decode(k, formats_.of(k), items_[p][k], extras_[p][k], units_[k], values[p][k]);
+            for (int p = 0; p < packs; ++p) decode_pack(k, p, values[p][k]);
         }
         for_each_element(values, [&](auto& element) { Rule::update_state(element, scalars); });
         BlockScale<Vec<float>> scales[Rule::streams];
@@ -235,39 +245,29 @@ public:
         for (int k = 0; k < Rule::streams; ++k) {
             if ((Rule::written >> k & 1) == 0) continue;
             FUSEDSTEP_UNROLL
-            for (int p = 0; p < packs; ++p) {
-                if (k == 2 && formats_.of(k) == Format::signed8)
-                    encode_codes<Signed8>(values[p][k], random, at(p), scales[k], finite[k], items_[p][k]);
-                else if (k > 2 && formats_.of(k) == Format::unsigned8)
-                    encode_codes<Unsigned8>(values[p][k], random, at(p), scales[k], finite[k], items_[p][k]);
-                else
-                    encode(k, formats_.of(k), values[p][k], random, at(p), items_[p][k], extras_[p][k]);
-                write(k, p);
-            }
+            for (int p = 0; p < packs; ++p) encode_pack(k, p, values[p][k], random, scales[k], finite[k]);
         }
         if (zero_grad) zero();
     }
 
-    // Sets the gradient to zero.
-    FUSEDSTEP_INLINE void zero() const {
-        constexpr uint32_t zeros[stored_lanes] = {};
-        FUSEDSTEP_UNROLL
-        for (int p = 0; p < packs; ++p) {
-            write_array(formats_.item(gradient_stream), arrays_[gradient_stream], walk_, gradient_stream,
-                        begin_ + at(p), count(p), zeros);
-        }
-    }
-
 private:
-    // The first element of a pack in its block, and how many it has.
+    // The first element of a pack in its block, and which of its own are the tensor's.
     FUSEDSTEP_INLINE int at(int pack) const { return first_ + pack * stride; }
-    FUSEDSTEP_INLINE int count(int pack) const {
-        const int left = count_ - at(pack);
-        return left < 0 ? 0 : left < stored_lanes ? left : stored_lanes;
-    }
+    FUSEDSTEP_INLINE int first(int pack) const { return before_first_ - at(pack); }
+    FUSEDSTEP_INLINE int end(int pack) const { return count_ - at(pack); }
 
     // Codes are vectors, whatever the layout of the parameter.
     FUSEDSTEP_INLINE Walk walk(int k) const { return is_blockwise(formats_.of(k)) ? Walk{nullptr} : walk_; }
+
+    // What is beside the parameter.
+    static constexpr int beside = Rule::streams;
+
+    FUSEDSTEP_INLINE void read(int array, const Walk& walk, int item, int p, uint32_t (&words)[lanes]) const {
+        read_pack(item, arrays_[array], walk, array, begin_ + at(p), first(p), end(p), words);
+    }
+    FUSEDSTEP_INLINE void write(int array, const Walk& walk, int item, int p, const uint32_t (&words)[lanes]) const {
+        write_pack(item, arrays_[array], walk, array, begin_ + at(p), first(p), end(p), words);
+    }
 
     // All of it before any is used, so that the memory has much to do at a time.
     FUSEDSTEP_INLINE void read() {
@@ -277,31 +277,50 @@ private:
             if (is_blockwise(formats_.of(k)) && count_ > 0)
                 units_[k] = static_cast<const float*>(arrays_[Rule::streams + k])[begin_ / block_elements];
             FUSEDSTEP_UNROLL
-            for (int p = 0; p < packs; ++p) {
-                FUSEDSTEP_UNROLL
-                for (int i = 0; i < stored_lanes; ++i) items_[p][k][i] = extras_[p][k][i] = 0;
-                read_array(formats_.item(k), arrays_[k], walk(k), k, begin_ + at(p), count(p), items_[p][k]);
-                if (k == 0 && formats_.extra(0) != 0)
-                    read_array(formats_.extra(0), arrays_[Rule::streams], walk_, Rule::streams, begin_ + at(p),
-                               count(p), extras_[p][0]);
-            }
+            for (int p = 0; p < packs; ++p) read(k, walk(k), formats_.item(k), p, words_[p][k]);
         }
+        if (formats_.extra(0) == 0) return;
+        FUSEDSTEP_UNROLL
+        for (int p = 0; p < packs; ++p) read(beside, walk_, formats_.extra(0), p, words_beside_[p]);
     }
 
-    FUSEDSTEP_INLINE void write(int k, int p) const {
-        write_array(formats_.item(k), arrays_[k], walk(k), k, begin_ + at(p), count(p), items_[p][k]);
-        if (k == 0 && formats_.extra(0) != 0)
-            write_array(formats_.extra(0), arrays_[Rule::streams], walk_, Rule::streams, begin_ + at(p), count(p),
-                        extras_[p][0]);
+    FUSEDSTEP_INLINE void decode_pack(int k, int p, Vec<float> (&values)[lanes]) const {
+        uint32_t items[lanes], extras[lanes] = {};
+        items_in(formats_.item(k), words_[p][k], items);
+        if (k == 0 && formats_.extra(0) != 0) items_in(formats_.extra(0), words_beside_[p], extras);
+        decode(k, formats_.of(k), items, extras, units_[k], values);
+    }
+
+    FUSEDSTEP_INLINE void encode_pack(int k, int p, const Vec<float> (&values)[lanes], uint64_t random,
+                                      const BlockScale<Vec<float>>& scale, bool finite) const {
+        uint32_t items[lanes], extras[lanes], words[lanes];
+        if (k == 2 && formats_.of(k) == Format::signed8)
+            encode_codes<Signed8>(values, random, at(p), scale, finite, items);
+        else if (k > 2 && formats_.of(k) == Format::unsigned8)
+            encode_codes<Unsigned8>(values, random, at(p), scale, finite, items);
+        else
+            encode(k, formats_.of(k), values, random, at(p), items, extras);
+        put_items_in(formats_.item(k), words, items);
+        write(k, walk(k), formats_.item(k), p, words);
+        if (k != 0 || formats_.extra(0) == 0) return;
+        put_items_in(formats_.extra(0), words, extras);
+        write(beside, walk_, formats_.extra(0), p, words);
+    }
+
+    // Sets the gradient to zero.
+    FUSEDSTEP_INLINE void zero() const {
+        constexpr uint32_t zeros[lanes] = {};
+        FUSEDSTEP_UNROLL
+        for (int p = 0; p < packs; ++p) write(gradient_stream, walk_, formats_.item(gradient_stream), p, zeros);
     }
 
     template <class Visit>
-    FUSEDSTEP_INLINE static void for_each_element(Vec<float> (&values)[packs][Rule::streams][stored_lanes],
+    FUSEDSTEP_INLINE static void for_each_element(Vec<float> (&values)[packs][Rule::streams][lanes],
                                                   const Visit& visit) {
         FUSEDSTEP_UNROLL
         for (int p = 0; p < packs; ++p) {
             FUSEDSTEP_UNROLL
-            for (int i = 0; i < stored_lanes; ++i) {
+            for (int i = 0; i < lanes; ++i) {
                 Vec<float> element[Rule::streams];
                 FUSEDSTEP_UNROLL
                 for (int k = 0; k < Rule::streams; ++k) element[k] = values[p][k][i];
@@ -313,16 +332,17 @@ private:
     }
 
     // Of the greatest value of the block's elements; one thread writes its unit. All have read the old one.
-    FUSEDSTEP_INLINE BlockScale<Vec<float>> scale_of_block(
-        int k, const Vec<float> (&values)[packs][Rule::streams][stored_lanes], bool& finite, const Team& team) const {
+    FUSEDSTEP_INLINE BlockScale<Vec<float>> scale_of_block(int k,
+                                                           const Vec<float> (&values)[packs][Rule::streams][lanes],
+                                                           bool& finite, const Team& team) const {
         uint32_t greatest = 0;
         FUSEDSTEP_UNROLL
         for (int p = 0; p < packs; ++p) {
             FUSEDSTEP_UNROLL
-            for (int i = 0; i < stored_lanes; ++i) {
+            for (int i = 0; i < lanes; ++i) {
                 const U32 value = bits_of(values[p][k][i]);
                 const uint32_t bits = (k == 2 ? Signed8::size(value) : Unsigned8::size(value)).x;
-                if (i < count(p) && bits > greatest) greatest = bits;
+                if (i < end(p) && bits > greatest) greatest = bits;
             }
         }
         greatest = greatest_of<threads>(team, greatest);
@@ -340,8 +360,8 @@ private:
     void* const* const arrays_;
     const Walk walk_;
     const int64_t begin_;
-    const int count_, first_;
-    uint32_t items_[packs][Rule::streams][stored_lanes], extras_[packs][Rule::streams][stored_lanes];
+    const int before_first_, count_, first_;
+    uint32_t words_[packs][Rule::streams][lanes], words_beside_[packs][lanes];
     float units_[Rule::streams];
 };
 
@@ -354,16 +374,28 @@ FUSEDSTEP_INLINE void step_chunk(const Table& table, const E& entry, const Share
     const Formats formats(shared, Rule::streams);
     const Walk walk = walk_of(table, entry);
     const uint64_t random = shared.random_on_gpu != nullptr ? *shared.random_on_gpu : shared.random;
-    bool draws = false;
-    FUSEDSTEP_UNROLL
-    for (int k = 0; k < Rule::streams; ++k) draws = draws || is_random(formats.of(k));
-    const int64_t end = chunk.begin + chunk.count;
-    for (int64_t turn = chunk.begin; turn < end; turn += place.threads / Block::threads * block_elements) {
+    const bool in_blocks = formats.in_blocks();
+    for (int64_t turn = chunk.begin; turn < chunk.end; turn += place.threads / Block::threads * block_elements) {
         const int64_t begin = turn + place.thread / Block::threads * block_elements;
-        const int64_t count = end - begin < block_elements ? end - begin : block_elements;
-        Block block(formats, arrays, walk, begin, count, place.thread);
-        block.step(scalars, draws ? random_block(random, begin / block_elements) : 0, table.zero_grad, team);
+        Block block(formats, arrays, walk, begin, chunk.end, place.thread);
+        block.step(scalars, in_blocks ? random_block(random, begin / block_elements) : 0, table.zero_grad, team);
     }
+}
+
+// The elements before a tensor's first that its first chunk begins with.
+template <class Rule, class T, class Table, class Shared>
+FUSEDSTEP_INLINE int lead_of(const Table&, const Entry<Rule, Dense>&, const Shared&, void* const* arrays) {
+    return lead_of(arrays[0], sizeof(T));
+}
+template <class Rule, class T, class Table, class Shared>
+FUSEDSTEP_INLINE int lead_of(const Table&, const Entry<Rule, Strided>&, const Shared&, void* const*) {
+    return 0;
+}
+template <class Rule, class T, class Table, class E, class Shared>
+FUSEDSTEP_INLINE int lead_of(const Table& table, const E& entry, const Shared& shared, void* const* arrays) {
+    const typename FormatsOf<typename E::Placed>::Type formats(shared, Rule::streams);
+    const bool in_packs = walk_of(table, entry).layout == nullptr && !formats.in_blocks();
+    return in_packs ? lead_of(arrays[0], formats.item(0)) : 0;
 }
 
 // Sets the gradient in a chunk to zero, without a step.
@@ -372,8 +404,7 @@ FUSEDSTEP_INLINE void zero_chunk(const Table& table, const E& entry, int item, v
                                  const Place& place) {
     const Walk walk = walk_of(table, entry);
     char* const gradient = static_cast<char*>(arrays[gradient_stream]);
-    const int64_t begin = chunk.begin - lead_of<T>(entry, arrays);
-    for (int64_t at = begin + place.thread; at < begin + chunk.count; at += place.threads) {
+    for (int64_t at = chunk.begin + place.thread; at < chunk.end; at += place.threads) {
         if (at < 0) continue;
         char* const element = gradient + (walk.layout == nullptr ? at * item : walk.offset(gradient_stream, at));
         if (item == 2)
@@ -427,8 +458,8 @@ FUSEDSTEP_INLINE void step_table(const Table& table, const Place& place, const T
         if (table.norm != nullptr)  // the sign says which way to go
             scalars.grad_scale = std::copysign(static_cast<T>(table.norm->grad_scale), scalars.grad_scale);
         const uint32_t first = i == 0 ? 0 : entries[i - 1].chunks_end;
-        const Chunk chunk{(number - first) * chunk_elements<T>,
-                          number + 1 == entry.chunks_end ? int64_t{entry.last} : chunk_elements<T>};
+        const int64_t begin = (number - first) * chunk_elements<T> - lead_of<Rule, T>(table, entry, shared, arrays);
+        const Chunk chunk{begin, begin + (number + 1 == entry.chunks_end ? entry.last : chunk_elements<T>)};
         if (skipped)
             zero_chunk<T>(table, entry, item_bytes(shared, gradient_stream), arrays, chunk, place);
         else

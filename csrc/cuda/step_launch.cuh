@@ -8,8 +8,14 @@ namespace fusedstep::cuda {
 
 constexpr int block_threads = 256;
 
+// Of threads, that a multiprocessor has room for at least. It is what keeps the elements of a thread in registers: left
+// to itself, ptxas wants room for more blocks and spills.
+template <class Placing>
+constexpr int least_blocks = __is_same(Placing, Stored) ? 1 : 2;
+
 template <class Rule, class T, class Placing, class Table>
-__global__ void __launch_bounds__(block_threads) step_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(block_threads, least_blocks<Placing>)
+    step_kernel(const __grid_constant__ Table table) {
     step_table<Rule, T, Placing>(
         table, {blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)}, Warp{});
 }

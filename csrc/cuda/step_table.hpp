@@ -11,8 +11,8 @@
 
 namespace fusedstep::cuda {
 
-// A pack is what a thread reads of a stream at once; a chunk is what a block takes at a time. Chunks are cut
-// at pack boundaries of memory, and none holds elements of two tensors.
+// A pack is what a thread moves of a stream at once; a chunk is what a block takes at a time. Chunks are cut
+// at pack boundaries of the parameter's memory, and none holds elements of two tensors.
 constexpr int pack_bytes = 16;
 constexpr int chunk_packs = 1024;
 template <class T>
@@ -145,15 +145,19 @@ using SmallTable = StepTable<4096>;
 using LargeTable = StepTable<32760>;
 static_assert(sizeof(SmallTable) == 4096 && sizeof(LargeTable) == 32760);
 
-// The elements of the first stream from the pack boundary at or below its first element to it, or -1 where the
-// streams lie differently against their boundaries.
-template <class T>
-FUSEDSTEP_INLINE int common_lead(void* const* streams, int count) {
-    const auto past = [&](int k) { return static_cast<int>(reinterpret_cast<uintptr_t>(streams[k]) % pack_bytes); };
-    for (int k = 1; k < count; ++k) {
-        if (past(k) != past(0)) return -1;
-    }
-    return past(0) / static_cast<int>(sizeof(T));
+FUSEDSTEP_INLINE bool is_blockwise(Format format) { return format == Format::signed8 || format == Format::unsigned8; }
+FUSEDSTEP_INLINE bool is_random(Format format) { return is_blockwise(format) || format == Format::bfloat16_stochastic; }
+
+// Whether some stream's elements belong to blocks that are counted from the tensor's first.
+FUSEDSTEP_INLINE bool are_in_blocks(const Format* formats, int streams) {
+    bool in_blocks = false;
+    for (int k = 0; k < streams; ++k) in_blocks = in_blocks || is_random(formats[k]);
+    return in_blocks;
+}
+
+// The elements from the pack boundary at or below a parameter's first element to it.
+FUSEDSTEP_INLINE int lead_of(const void* parameter, int item) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(parameter) % pack_bytes) / item;
 }
 
 // A table while it is being filled.
@@ -236,14 +240,13 @@ public:
     bool add(const Tensor& tensor) {
         const bool shares = first_ != nullptr && is_like_first(tensor) && find_places(tensor);
         int needed = (shares ? 0 : rounded_up(sizeof(S))) + rounded_up(sizeof(E));
-        int lead = 0;
         if constexpr (has_layout) {
             if (tensor.layout != nullptr) needed += layout_bytes(*tensor.layout);
-        } else if constexpr (!is_stored) {
-            lead = common_lead<T>(tensor.streams.data(), Rule::streams);
         }
-        const int64_t before_first = lead < 0 ? 0 : lead;
-        const int64_t chunks = (before_first + tensor.size + chunk_elements<T> - 1) / chunk_elements<T>;
+        const bool in_packs =
+            tensor.layout == nullptr && (!is_stored || !are_in_blocks(tensor.storage->formats.data(), Rule::streams));
+        const int64_t size = tensor.size + (in_packs ? lead_of(tensor.streams[0], item_bytes(tensor, 0)) : 0);
+        const int64_t chunks = (size + chunk_elements<T> - 1) / chunk_elements<T>;
         if (!has_room(needed, sizeof(E), chunks)) return false;
 
         if (!shares) share(tensor);
@@ -255,7 +258,7 @@ public:
         }
         table_.chunks += static_cast<uint32_t>(chunks);
         entry.chunks_end = table_.chunks;
-        entry.last = static_cast<uint16_t>(before_first + tensor.size - (chunks - 1) * chunk_elements<T>);
+        entry.last = static_cast<uint16_t>(size - (chunks - 1) * chunk_elements<T>);
         add_entry(entry);
         return true;
     }

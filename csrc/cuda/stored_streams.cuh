@@ -10,24 +10,24 @@
 #include "../formats/float16.hpp"
 #include "../formats/native.hpp"
 #include "../formats/random.hpp"
+#include "access.cuh"
 #include "step_table.hpp"
 #include "unroll.hpp"
 #include "vec_cuda.hpp"
 
 namespace fusedstep::cuda {
 
-template <class T, int lanes>
-struct alignas(sizeof(T) * lanes) Pack {
-    T x[lanes];
-};
-
 // The formats of a tensor's streams, and the bytes of their elements and of what is beside them.
 class AnyFormats {
 public:
+    // Elements that a thread moves of each stream at once.
+    static constexpr int lanes = 8;
+
     FUSEDSTEP_INLINE AnyFormats(const StoredStreams& shared, int streams) : shared_(shared), streams_(streams) {}
     FUSEDSTEP_INLINE Format of(int k) const { return shared_.formats[k]; }
     FUSEDSTEP_INLINE int item(int k) const { return shared_.items[k]; }
     FUSEDSTEP_INLINE int extra(int k) const { return shared_.items[streams_ + k]; }
+    FUSEDSTEP_INLINE bool in_blocks() const { return are_in_blocks(shared_.formats, streams_); }
 
 private:
     const StoredStreams& shared_;
@@ -41,6 +41,9 @@ constexpr FormatLayout layout_as_constant = layout_of(format);
 template <Format... formats>
 class FixedFormats {
 public:
+    // As many as the narrowest format has in 16 bytes.
+    static constexpr int lanes = (layout_as_constant<formats>.blockwise || ...) ? 16 : 8;
+
     FUSEDSTEP_INLINE FixedFormats(const StoredStreams&, int) {}
     FUSEDSTEP_INLINE Format of(int k) const { return static_cast<Format>(at<static_cast<int>(formats)...>(k)); }
     FUSEDSTEP_INLINE int item(int k) const {
@@ -49,6 +52,7 @@ public:
     FUSEDSTEP_INLINE int extra(int k) const {
         return at<(layout_as_constant<formats>.blockwise ? 4 : layout_as_constant<formats>.extra)...>(k);
     }
+    FUSEDSTEP_INLINE bool in_blocks() const { return (is_random(formats) || ...); }
 
 private:
     template <int... values>
@@ -70,66 +74,31 @@ struct FormatsOf<StoredAs<formats...>> {
     using Type = FixedFormats<formats...>;
 };
 
-FUSEDSTEP_INLINE bool is_blockwise(Format format) { return format == Format::signed8 || format == Format::unsigned8; }
-FUSEDSTEP_INLINE bool is_random(Format format) { return is_blockwise(format) || format == Format::bfloat16_stochastic; }
-
-// Bits of `lanes` items, or of the first `count` of them. They are read and written at once where the memory's
-// alignment allows that.
-template <class Item, int lanes>
-FUSEDSTEP_INLINE void read_items(const char* from, int count, uint32_t (&bits)[lanes]) {
-    constexpr int at_once = 16 / sizeof(Item) < lanes ? 16 / static_cast<int>(sizeof(Item)) : lanes;
-    using Whole = Pack<Item, at_once>;
-    if (count == lanes && reinterpret_cast<uintptr_t>(from) % sizeof(Whole) == 0) {
-        FUSEDSTEP_UNROLL
-        for (int i = 0; i < lanes; i += at_once) {
-            const Whole whole = *reinterpret_cast<const Whole*>(from + i * sizeof(Item));
-            FUSEDSTEP_UNROLL
-            for (int j = 0; j < at_once; ++j) bits[i + j] = whole.x[j];
-        }
-        return;
-    }
-    FUSEDSTEP_UNROLL
-    for (int i = 0; i < lanes; ++i) bits[i] = i < count ? *reinterpret_cast<const Item*>(from + i * sizeof(Item)) : 0;
-}
-
-template <class Item, int lanes>
-FUSEDSTEP_INLINE void write_items(char* to, int count, const uint32_t (&bits)[lanes]) {
-    constexpr int at_once = 16 / sizeof(Item) < lanes ? 16 / static_cast<int>(sizeof(Item)) : lanes;
-    using Whole = Pack<Item, at_once>;
-    if (count == lanes && reinterpret_cast<uintptr_t>(to) % sizeof(Whole) == 0) {
-        FUSEDSTEP_UNROLL
-        for (int i = 0; i < lanes; i += at_once) {
-            Whole whole;
-            FUSEDSTEP_UNROLL
-            for (int j = 0; j < at_once; ++j) whole.x[j] = static_cast<Item>(bits[i + j]);
-            *reinterpret_cast<Whole*>(to + i * sizeof(Item)) = whole;
-        }
-        return;
-    }
-    FUSEDSTEP_UNROLL
-    for (int i = 0; i < lanes; ++i) {
-        if (i < count) *reinterpret_cast<Item*>(to + i * sizeof(Item)) = static_cast<Item>(bits[i]);
-    }
+// Calls visit(an item of so many bytes).
+template <class Visit>
+FUSEDSTEP_INLINE void with_item(int bytes, const Visit& visit) {
+    if (bytes == 4)
+        visit(uint32_t{});
+    else if (bytes == 2)
+        visit(uint16_t{});
+    else
+        visit(uint8_t{});
 }
 
 template <int lanes>
-FUSEDSTEP_INLINE void read_items(int item, const char* from, int count, uint32_t (&bits)[lanes]) {
-    if (item == 4)
-        read_items<uint32_t>(from, count, bits);
-    else if (item == 2)
-        read_items<uint16_t>(from, count, bits);
-    else
-        read_items<uint8_t>(from, count, bits);
+FUSEDSTEP_INLINE void items_in(int bytes, const uint32_t (&words)[lanes], uint32_t (&items)[lanes]) {
+    with_item(bytes, [&](auto item) {
+        FUSEDSTEP_UNROLL
+        for (int i = 0; i < lanes; ++i) items[i] = item_in<decltype(item)>(words, i);
+    });
 }
 
 template <int lanes>
-FUSEDSTEP_INLINE void write_items(int item, char* to, int count, const uint32_t (&bits)[lanes]) {
-    if (item == 4)
-        write_items<uint32_t>(to, count, bits);
-    else if (item == 2)
-        write_items<uint16_t>(to, count, bits);
-    else
-        write_items<uint8_t>(to, count, bits);
+FUSEDSTEP_INLINE void put_items_in(int bytes, uint32_t (&words)[lanes], const uint32_t (&items)[lanes]) {
+    with_item(bytes, [&](auto item) {
+        FUSEDSTEP_UNROLL
+        for (int i = 0; i < lanes; ++i) put_item_in<decltype(item)>(words, i, items[i]);
+    });
 }
 
 template <class F, int lanes>

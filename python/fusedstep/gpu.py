@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -53,8 +54,26 @@ def strides_of(array: Any) -> tuple[int, ...]:
     return strides
 
 
-def zeros_like(param: Any, dtype: np.dtype[Any]) -> Any:
-    """Return zeros in the parameter's layout, on its GPU."""
+def lead_of(param: Any) -> int:
+    """Return the elements from the 16-byte boundary below a contiguous parameter's memory to it.
+
+    A kernel moves 16 bytes at a time between such boundaries. An array with another lead than the
+    parameter's it has to move in smaller pieces.
+    """
+    name, _ = _library(param)
+    if name == "cupy" and param.flags.c_contiguous:
+        address = param.data.ptr
+    elif name == "torch" and param.is_contiguous():
+        address = param.data_ptr()
+    else:
+        return 0
+    return int(address) % 16 // dtype_of(param).itemsize
+
+
+def zeros_like(param: Any, dtype: np.dtype[Any], lead: int = 0) -> Any:
+    """Return zeros in the parameter's layout, on its GPU, with a lead where it is contiguous."""
+    if lead != 0:
+        return zeros(lead + math.prod(param.shape), dtype, param)[lead:].reshape(param.shape)
     name, library = _library(param)
     if name == "cupy":
         with param.device:

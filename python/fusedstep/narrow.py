@@ -86,6 +86,11 @@ class Storage:
             raise ValueError(
                 f"params{suffix}: float16, which only master_weights='float32' is there for"
             )
+        # Blocks are counted from the first element, wherever that lies.
+        in_blocks = any(self._dtype(key) == "8bit" for key in state_keys) or (
+            narrow and self.master_weights == "stochastic"
+        )
+        lead = 0 if in_blocks or gpu.is_on_host(param) else gpu.lead_of(param)
         arrays: dict[str, Any] = {}
         extras: list[Any] = [None, None]
         for key in state_keys:
@@ -103,19 +108,20 @@ class Storage:
                 continue
             extras.append(None)
             compute = np.dtype(np.float32) if narrow else dtype
-            arrays[key] = zeros_like(param, bfloat16() if wanted == "bfloat16" else compute)
+            arrays[key] = zeros_like(param, bfloat16() if wanted == "bfloat16" else compute, lead)
         if beside is not None:
             name, beside_dtype = beside
-            arrays[name] = extras[0] = zeros_like(param, np.dtype(beside_dtype))
+            arrays[name] = extras[0] = zeros_like(param, np.dtype(beside_dtype), lead)
             if name == "master" and gpu.is_on_host(param):
                 arrays[name][...] = param
             elif name == "master":
                 gpu.copy_as_float32(arrays[name], param)
         return arrays, extras
 
-    def state_dtypes(self, param: Array, state_keys: tuple[str, ...]) -> dict[str, np.dtype[Any]]:
+    def state_dtypes(self, param: Any, state_keys: tuple[str, ...]) -> dict[str, np.dtype[Any]]:
         """Return the dtype of each array that `new_state` makes, by name."""
-        narrow = param.dtype.itemsize == 2
+        dtype = gpu.dtype_of(param)
+        narrow = dtype.itemsize == 2
         float32 = np.dtype(np.float32)
         dtypes: dict[str, np.dtype[Any]] = {}
         for key in state_keys:
@@ -125,7 +131,7 @@ class Storage:
             elif wanted == "bfloat16":
                 dtypes[key] = bfloat16()
             else:
-                dtypes[key] = float32 if narrow else param.dtype
+                dtypes[key] = float32 if narrow else dtype
         beside = _BESIDE.get(self.master_weights or "") if narrow else None
         if beside is not None:
             dtypes[beside[0]] = np.dtype(beside[1])
@@ -213,10 +219,13 @@ def code_dtype(key: str) -> np.dtype[Any]:
     return np.dtype(np.uint8 if key.endswith("_sq") else np.int8)
 
 
-def zeros_like(param: Any, dtype: np.dtype[Any]) -> Any:
-    """Return zeros in the parameter's layout. On a GPU the parameter's own library allocates."""
+def zeros_like(param: Any, dtype: np.dtype[Any], lead: int = 0) -> Any:
+    """Return zeros in the parameter's layout. On a GPU the parameter's own library allocates.
+
+    There, `lead` elements past a 16-byte boundary.
+    """
     if not gpu.is_on_host(param):
-        return gpu.zeros_like(param, dtype)
+        return gpu.zeros_like(param, dtype, lead)
     strides = np.empty_like(param, dtype, order="K", subok=False).strides
     return new_array(param.shape, dtype, strides)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import _core, narrow
+from . import _core, gpu, narrow
 from .optim import _checked_step, _warn_of_rounding
 
 __all__ = ["GD", "SGD", "Adam", "AdamW"]
@@ -288,14 +288,19 @@ class _Optimizer(torch.optim.Optimizer):
         kept = order.keys() == before.keys() & {narrow.ORDER} and all(
             before[key].tolist() == value.tolist() for key, value in order.items()
         )
-        if not kept or any(k not in held or held[k].dtype != dtype for k, dtype in wanted.items()):
+        if not kept or any(
+            k not in held or gpu.dtype_of(held[k]) != dtype for k, dtype in wanted.items()
+        ):
             own, _ = self._storage.new_state(array, keys, suffix)
             values = narrow.fresh(array, own)
             for key in own:
                 if key in held and not key.endswith(narrow.UNITS):
                     values |= narrow.converted(held, key, own, array, where)
             for key, value in values.items():
-                own[key][...] = value
+                if gpu.is_on_host(own[key]):
+                    own[key][...] = value
+                else:
+                    gpu.from_host(own[key], value)
             tensors = {key: _tensor(value, param) for key, value in own.items()}
             held |= {key: _array(tensor) for key, tensor in tensors.items()}
             before |= tensors

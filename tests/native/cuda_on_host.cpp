@@ -24,6 +24,11 @@ uint32_t most_blocks = 3;
 int device_of_pointers = 0;
 int refused_dtype = -1;        // whose kernels cannot be loaded
 bool norm_is_refused = false;  // whether the norm's cannot
+int launches_to_failure = -1;  // how many more succeed; -1: all
+
+void launch_or_fail() {
+    if (launches_to_failure >= 0 && launches_to_failure-- == 0) throw std::runtime_error("CUDA: launch failed");
+}
 
 template <class Rule, class T, class Placing, class Table>
 void run_grid(const Table& table) {
@@ -58,6 +63,7 @@ void run_rule(RuleList<All...>, const Job& job) {
 }
 
 void launch(const Job& job, int device, void* stream) {
+    launch_or_fail();
     launches.device = device;
     launches.stream = stream;
     run_rule(Rules{}, job);
@@ -65,6 +71,7 @@ void launch(const Job& job, int device, void* stream) {
 
 template <class Hyper>
 void begin_step(const GroupOnGpu<Hyper>& group, int device, void* stream) {
+    launch_or_fail();
     launches.device = device;
     launches.stream = stream;
     ++launches.begun;
@@ -116,6 +123,7 @@ int last_device() { return fusedstep::launches.device; }
 uint64_t last_stream() { return reinterpret_cast<uint64_t>(fusedstep::launches.stream); }
 void set_most_blocks(unsigned blocks) { fusedstep::most_blocks = blocks; }
 void set_refused_dtype(int dtype) { fusedstep::refused_dtype = dtype; }
+void set_launches_to_failure(int launches) { fusedstep::launches_to_failure = launches; }
 void set_norm_is_refused(int refused) { fusedstep::norm_is_refused = refused != 0; }
 void set_device_of_pointers(int device) { fusedstep::device_of_pointers = device; }
 }

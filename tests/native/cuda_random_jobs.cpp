@@ -191,8 +191,7 @@ bool last_chunk_of_a_huge_tensor(int64_t offset, bool alike) {
     const Job job{rule_index<Gd>, sizeof(T) == 8 ? DType::float64 : DType::float32, &tensors[0], &size, 1, false};
     int64_t begin = 0;
     cuda::for_each_table<Gd, T, cuda::Dense>(job, [&](const auto& table) {
-        const int64_t lead =
-            alike ? reinterpret_cast<uintptr_t>(tensors[0].streams[0]) % cuda::pack_bytes / sizeof(T) : 0;
+        const int64_t lead = reinterpret_cast<uintptr_t>(tensors[0].streams[0]) % cuda::pack_bytes / sizeof(T);
         begin = int64_t{table.chunks - 1} * cuda::chunk_elements<T> - lead;
         for (int thread = 0; thread < 256; ++thread)
             cuda::step_table<Gd, T, cuda::Dense>(table, {table.chunks - 1, table.chunks, thread, 256}, cuda::Alone{});

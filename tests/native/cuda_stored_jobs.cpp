@@ -136,14 +136,16 @@ public:
             storages_.push_back(i > 0 && below(random_, 3) != 0 ? storages_.back() : chosen_formats());
             const int64_t longest[] = {5, 70, 600, 5000};
             sizes_.push_back(1 + below(random_, longest[below(random_, at_once_ ? 3 : 4)]));
+            // All arrays of a tensor as far from a boundary, some of them, or each by itself.
+            const int64_t alike = below(random_, 3), common = below(random_, 16);
+            const auto offset = [&] { return below(random_, 2) < alike ? common : below(random_, 16); };
             for (int k = 0; k < Rule::streams; ++k) {
-                const Format format = storages_[i].formats[k];
-                // State is an optimizer's own, and begins with a cache line; a parameter's memory is its user's.
-                const int64_t offset = below(random_, 2) ? below(random_, 16) : 0;
-                places_.push_back(memory_.add(sizes_[i] * item_bytes(format), item_bytes(format), offset));
-                const int64_t extra = extra_bytes(format, sizes_[i]);
+                const FormatLayout layout = layout_of(storages_[i].formats[k]);
+                const int item = item_bytes(storages_[i].formats[k]);
+                places_.push_back(memory_.add(sizes_[i] * item, item, offset()));
+                const int64_t extra = extra_bytes(storages_[i].formats[k], sizes_[i]);
                 extra_places_.push_back(extra == 0 ? -1
-                                                   : memory_.add(extra, 4, layout_of(format).blockwise ? 0 : offset));
+                                                   : memory_.add(extra, layout.blockwise ? 4 : layout.extra, offset()));
             }
         }
         cpu_ = memory_.made();
