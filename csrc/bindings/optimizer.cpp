@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../cpu/parallel_for.hpp"
 #include "../formats/random.hpp"
 #include "fast_function.hpp"
 #include "group_reader.hpp"
@@ -35,6 +36,9 @@ struct Group {
     py::object state_object;        // keeps `state`
     GroupState<Hyper>* state;       // on the GPU; null: steps are counted here
 };
+
+// Of fewer arrays, checking takes no longer than sharing it.
+constexpr int64_t least_shared_checks = 200;
 
 // An item of a list or tuple, owned: another thread may change the list.
 py::object item_of(py::handle sequence, int64_t i) {
@@ -124,16 +128,25 @@ public:
         Preparation prepared = begin();
         if (options.skip_nonfinite) check_skipping();
         hold_dicts(param_groups, prepared);
-        for (size_t g = 0; g < prepared.dicts.size(); ++g) {
+        for (size_t g = 0; g < prepared.groups.size(); ++g) {
+            PreparedGroup& group = prepared.groups[g];
             if (groups_[g].state != nullptr) {
-                prepared.sources[g].step = 0;
-                prepared.sources[g].lr_on_gpu = is_lr_on_gpu(prepared.dicts[g]);
+                group.source.step = 0;
+                group.source.lr_on_gpu = is_lr_on_gpu(group.dict);
             }
-            prepared.hypers.push_back(
-                read_group(prepared.dicts[g], groups_[g], options.grad_scale, prepared.sources[g]));
+            group.hyper = read_group(group.dict, groups_[g], options.grad_scale, group.source);
+        }
+        for (PreparedGroup& group : prepared.groups) {
+            PyObject* const params = PyDict_GetItemWithError(group.dict.ptr(), keys().params.ptr());
+            if (params == nullptr && PyErr_Occurred()) throw py::error_already_set();
+            group.params = py::reinterpret_borrow<py::object>(params);
+        }
+        StepOutcome outcome;
+        if (!options.needs_norm() && !options.zero_grad && run_usual(grads, nested, prepared)) {
+            end(prepared);
+            return outcome;
         }
         gather(grads, nested, prepared);
-        StepOutcome outcome;
         {
             const std::lock_guard<Optimizer> lock(*this);
             if (prepared.gradients.size() != parameters_.size()) {
@@ -181,10 +194,11 @@ public:
         Preparation prepared = begin();
         bool as_watched = hold_watched_dicts(param_groups, prepared);
         for (size_t g = 0; as_watched && g < groups_.size(); ++g) {
-            prepared.hypers.push_back(read_group(prepared.dicts[g], groups_[g], scale, prepared.sources[g]));
+            PreparedGroup& group = prepared.groups[g];
+            group.hyper = read_group(group.dict, groups_[g], scale, group.source);
             if constexpr (std::is_same_v<Hyper, GdHyper>) {
                 const bool has_momentum = parameters_[groups_[g].first].rule == rule_index<GdMomentum>;
-                as_watched = (prepared.hypers.back().momentum != 0) == has_momentum;
+                as_watched = (group.hyper.momentum != 0) == has_momentum;
             }
         }
         if (as_watched) {
@@ -252,17 +266,20 @@ private:
     }
 
     // What a step has read of Python before it takes the lock.
+    struct PreparedGroup {
+        HyperSource source;
+        py::object dict;    // held: a schedule may change the list of them
+        py::object params;  // what it has as such, or null
+        Hyper hyper;
+    };
+
     struct Preparation {
-        std::vector<HyperSource> sources;  // of each group, as the rest
-        std::vector<py::object> dicts;     // held: a schedule may change the list
-        std::vector<Hyper> hypers;
+        std::vector<PreparedGroup> groups;
         std::vector<py::object> gradients;  // of each parameter, or None
         std::vector<char*> memory;          // of each gradient that needs no further check; empty: of none
 
         void clear() {
-            sources.clear();
-            dicts.clear();
-            hypers.clear();
+            groups.clear();
             gradients.clear();
             memory.clear();
         }
@@ -273,8 +290,9 @@ private:
         const std::lock_guard<Optimizer> lock(*this);
         std::swap(prepared, spare_);
         for (size_t g = 0; g < groups_.size(); ++g) {
-            const std::string prefix = groups_.size() > 1 ? "param_groups[" + std::to_string(g) + "]: " : "";
-            prepared.sources.push_back({prefix, groups_[g].latest + 1});
+            HyperSource& source = prepared.groups.emplace_back().source;
+            if (groups_.size() > 1) source.prefix = "param_groups[" + std::to_string(g) + "]: ";
+            source.step = groups_[g].latest + 1;
         }
         return prepared;
     }
@@ -284,6 +302,12 @@ private:
         const std::lock_guard<Optimizer> lock(*this);
         std::swap(prepared, spare_);
     }
+
+    // The items of the lists of a group in a usual step, and its scalars.
+    struct UsualGroup {
+        PyObject *const *params, *const *gradients;
+        const void* scalars;
+    };
 
     struct WatchedTensor {
         py::object tensor;
@@ -337,10 +361,11 @@ private:
         if (!PyList_Check(param_groups.ptr()) ||
             PyList_GET_SIZE(param_groups.ptr()) != static_cast<py::ssize_t>(watched_groups_.size()))
             return false;
+        size_t held = 0;
         for (size_t g = 0; g < watched_groups_.size(); ++g) {
             const py::object dict = item_of(param_groups, g);
             if (!PyDict_Check(dict.ptr())) return false;
-            if (watched_groups_[g].group >= 0) prepared.dicts.push_back(dict);
+            if (watched_groups_[g].group >= 0) prepared.groups[held++].dict = dict;
         }
         return true;
     }
@@ -422,9 +447,101 @@ private:
         steps_[i] = static_cast<int64_t>(*count);
     }
 
+    // The usual step: nothing is new but where the gradients lie. False, and nothing is done, where that is not so: the
+    // general step looks closer, and says what is wrong.
+    //
+    // It looks at lists and arrays without holding them: no code of the user's runs, and this thread has the GIL.
+    bool run_usual(py::handle grads, bool nested, Preparation& prepared) {
+#ifdef Py_GIL_DISABLED
+        return false;
+#endif
+        const std::lock_guard<Optimizer> lock(*this);
+        if (!one_job_) return false;
+        call_.clear();
+        if (!find_usual_groups(grads, nested, prepared)) return false;
+        const Job job{watches_[0].rule,
+                      watches_[0].dtype,
+                      tensors_.data(),
+                      ends_.data(),
+                      static_cast<int64_t>(ends_.size()),
+                      false};
+        for (size_t g = 0; g < groups_.size(); ++g) {
+            call_.next_hyper();
+            usual_groups_[g].scalars = call_.scalars_of(prepared.groups[g].hyper, groups_[g].latest + 1, job.dtype);
+        }
+        if (!find_usual_gradients(job)) return false;
+        if (cpu::is_long(job.bytes())) hold_usual_gradients(prepared);
+        call_.run(job);
+        for (Group<Hyper>& group : groups_) {
+            ++group.latest;
+            std::fill_n(steps_.begin() + group.first, group.count, group.latest);
+        }
+        return true;
+    }
+
+    bool find_usual_groups(py::handle& grads, bool nested, const Preparation& prepared) {
+        if (prepared.groups.size() != groups_.size()) return false;
+        if (nested && (!is_list(grads) || length(grads) != static_cast<int64_t>(groups_.size()))) return false;
+        usual_groups_.clear();
+        for (size_t g = 0; g < groups_.size(); ++g) {
+            const Group<Hyper>& group = groups_[g];
+            const py::handle params = prepared.groups[g].params;
+            PyObject* const* gradients = nested ? PySequence_Fast_ITEMS(grads.ptr()) + g : &grads.ptr();
+            if (group.structure == Structure::list) {
+                if (!is_list(*gradients) || length(*gradients) != group.count) return false;
+                gradients = PySequence_Fast_ITEMS(*gradients);
+            }
+            if (group.structure == Structure::dict || !params || !PyList_Check(params.ptr()) ||
+                length(params) != group.count)
+                return false;
+            usual_groups_.push_back({PySequence_Fast_ITEMS(params.ptr()), gradients, nullptr});
+        }
+        return true;
+    }
+
+    // With many small arrays this takes a third of the step, so that the threads share it as they will share the step.
+    bool find_usual_gradients(const Job& job) {
+        if (job.count < least_shared_checks || job.elements() < job.count) return find_usual_gradients(0, job.count);
+        std::atomic<bool> found{true};
+        cpu::parallel_for(job.elements(), job.bytes(), [&](int64_t from, int64_t to) {
+            if (!find_usual_gradients(job.count * from / job.elements(), job.count * to / job.elements()))
+                found.store(false, std::memory_order_relaxed);
+        });
+        return found;
+    }
+
+    bool find_usual_gradients(int64_t begin, int64_t end) {
+        for (size_t g = 0; g < groups_.size(); ++g) {
+            const Group<Hyper>& group = groups_[g];
+            const auto& [params, gradients, scalars] = usual_groups_[g];
+            const int64_t first = group.first, past = std::min(end, first + group.count);
+            for (int64_t i = std::max(begin, first); i < past; ++i) {
+                if (i + 16 < past) {
+                    prefetch_object(params[i + 16 - first]);
+                    prefetch_object(gradients[i + 16 - first]);
+                }
+                if (i + 8 < past) prefetch_shapes(watches_[i + 8].array, gradients[i + 8 - first]);
+                PyObject* const gradient = gradients[i - first];
+                if (params[i - first] != watches_[i].array || steps_[i] != group.latest ||
+                    !is_as_before(watches_[i], gradient))
+                    return false;
+                tensors_[i].streams[gradient_stream] = py::detail::array_proxy(gradient)->data;
+                tensors_[i].scalars = scalars;
+            }
+        }
+        return true;
+    }
+
+    void hold_usual_gradients(Preparation& prepared) const {
+        for (size_t g = 0; g < groups_.size(); ++g) {
+            for (int64_t i = 0; i < groups_[g].count; ++i)
+                prepared.gradients.push_back(py::reinterpret_borrow<py::object>(usual_groups_[g].gradients[i]));
+        }
+    }
+
     StepOutcome run(const Preparation& prepared, const GradientOptions& options) {
         call_.clear();
-        for (size_t g = 0; g < prepared.hypers.size(); ++g) {
+        for (size_t g = 0; g < prepared.groups.size(); ++g) {
             call_.next_hyper();
             const Group<Hyper>& group = groups_[g];
             const int64_t end = group.first + group.count;
@@ -438,9 +555,9 @@ private:
                 }
                 if (!prepared.gradients[i].is_none()) {
                     if (!prepared.memory.empty() && prepared.memory[i] != nullptr) {
-                        add_contiguous_gradient(i, prepared.memory[i], scalars_for(i, prepared.hypers[g], group));
+                        add_contiguous_gradient(i, prepared.memory[i], scalars_for(i, prepared.groups[g].hyper, group));
                     } else {
-                        add_gradient(i, prepared.gradients[i], prepared.hypers[g], group);
+                        add_gradient(i, prepared.gradients[i], prepared.groups[g].hyper, group);
                     }
                     if (options.needs_norm()) call_.order.push_back({watches_[i].rule, watches_[i].dtype});
                 } else if (group.state != nullptr) {
@@ -452,7 +569,7 @@ private:
         if (options.zero_grad) check_zeroed_gradients(prepared.gradients);
         const StepOutcome outcome = call_.run(options);
         if (outcome.skipped) return outcome;
-        for (size_t g = 0; g < prepared.hypers.size(); ++g) {
+        for (size_t g = 0; g < prepared.groups.size(); ++g) {
             Group<Hyper>& group = groups_[g];
             for (int64_t i = group.first; i < group.first + group.count; ++i) {
                 if (prepared.gradients[i].is_none()) continue;
@@ -500,10 +617,10 @@ private:
     }
 
     void add_group_on_gpu(const Group<Hyper>& group, const Preparation& prepared, size_t g) {
-        GroupOnGpu<Hyper> on_gpu{group.state, nullptr, DType::float64, prepared.hypers[g], seed_, nullptr, false};
-        if (prepared.sources[g].lr_on_gpu) {
-            const std::string& prefix = prepared.sources[g].prefix;
-            const py::object lr = prepared.dicts[g][keys().lr];
+        GroupOnGpu<Hyper> on_gpu{group.state, nullptr, DType::float64, prepared.groups[g].hyper, seed_, nullptr, false};
+        if (prepared.groups[g].source.lr_on_gpu) {
+            const std::string& prefix = prepared.groups[g].source.prefix;
+            const py::object lr = prepared.groups[g].dict[keys().lr];
             const ArrayView view = view_array(lr, {"lr"}, call_.gpu_arrays);
             call_.placement.check(view, {"lr"});
             if (!view.is_of_compute_type())
@@ -525,15 +642,15 @@ private:
     }
 
     static void hold_dicts(py::handle param_groups, Preparation& prepared) {
-        const size_t count = prepared.sources.size();
+        const size_t count = prepared.groups.size();
         if (!PyList_Check(param_groups.ptr()) ||
             PyList_GET_SIZE(param_groups.ptr()) != static_cast<py::ssize_t>(count)) {
             throw py::value_error("param_groups: expected a list of " + std::to_string(count) +
                                   " groups; use add_param_group to add one");
         }
         for (size_t g = 0; g < count; ++g) {
-            prepared.dicts.push_back(item_of(param_groups, g));
-            const py::handle dict = prepared.dicts.back();
+            prepared.groups[g].dict = item_of(param_groups, g);
+            const py::handle dict = prepared.groups[g].dict;
             if (!PyDict_Check(dict.ptr())) {
                 throw py::type_error("param_groups[" + std::to_string(g) + "]: expected a dict, got " +
                                      Py_TYPE(dict.ptr())->tp_name);
@@ -549,7 +666,7 @@ private:
     }
 
     void gather(py::handle grads, bool nested, Preparation& prepared) const {
-        const size_t count = prepared.dicts.size();
+        const size_t count = prepared.groups.size();
         if (nested && !is_list(grads)) {
             throw py::type_error("grads: expected a list with one entry for each parameter group, got " +
                                  std::string(Py_TYPE(grads.ptr())->tp_name));
@@ -559,7 +676,7 @@ private:
                                   std::to_string(count) + " parameter groups");
         }
         for (size_t g = 0; g < count; ++g) {
-            check_same_params(prepared.dicts[g], groups_[g], g);
+            check_same_params(prepared.groups[g].params.ptr(), groups_[g], g);
             if (nested) {
                 gather_group(groups_[g], item_of(grads, g), ("grads[" + std::to_string(g) + "]").c_str(),
                              prepared.gradients);
@@ -570,8 +687,7 @@ private:
     }
 
     // A step updates the arrays that the optimizer was made with; exchanging one in the dict must not go unseen.
-    void check_same_params(py::handle dict, const Group<Hyper>& group, size_t g) const {
-        PyObject* const params = PyDict_GetItemWithError(dict.ptr(), keys().params.ptr());
+    static void check_same_params(PyObject* params, const Group<Hyper>& group, size_t g) {
         bool same = params != nullptr && PyList_Check(params) && PyList_GET_SIZE(params) == group.count;
         for (int64_t i = 0; same && i < group.count; ++i) same = PyList_GET_ITEM(params, i) == group.arrays[i];
         if (!same) {
@@ -676,7 +792,9 @@ private:
     py::object as_array_;
     TorchReader tensor_reader_;
 
-    Preparation spare_;  // of a step, kept for its memory
+    // Of a step, kept for their memory.
+    Preparation spare_;
+    std::vector<UsualGroup> usual_groups_;
 };
 
 // What cast<Native&>() gives, without its search for the type: of a method, self is known to have it.

@@ -50,6 +50,7 @@ void ParameterList::add_parameter(const py::list& params, const py::list& keys, 
     watches_.push_back(watch_of(parameter, tensor));
     shapes_.insert(shapes_.end(), parameter.shape.begin(), parameter.shape.end());
     tensors_.push_back(tensor);
+    ends_.push_back((ends_.empty() ? 0 : ends_.back()) + tensor.size);
     steps_.push_back(0);
 }
 
@@ -106,7 +107,13 @@ void ParameterList::find_owned() {
             if (views.has_extra[k]) own(views.extras[k], extra_roles(parameter.rule)[k]);
         }
     }
-    for (Watch& watch : watches_) watch.gap_begin = watch.gap_end = nullptr;
+    one_job_ = !watches_.empty();
+    for (size_t i = 0; i < watches_.size(); ++i) {
+        Watch& watch = watches_[i];
+        watch.gap_begin = watch.gap_end = nullptr;
+        one_job_ = one_job_ && watch.usual && watch.rule == watches_[0].rule && watch.dtype == watches_[0].dtype &&
+                   tensors_[i].storage == nullptr;
+    }
     owned_dense_ = std::all_of(owned_.begin(), owned_.end(), [](const Extent& extent) { return extent.dense; });
     check_overlaps(owned_);
 }
@@ -195,6 +202,7 @@ void ParameterList::shorten(size_t count) {
     parameters_.erase(parameters_.begin() + count, parameters_.end());
     watches_.resize(count);
     tensors_.resize(count);
+    ends_.resize(count);
     steps_.resize(count);
 }
 

@@ -75,8 +75,9 @@ protected:
 
     static bool unchanged(const Parameter& parameter, const ArrayView& p);
 
-    // The usual case, quickly: the parameter is as it was when it was checked, the gradient is a C-contiguous
-    // array like it, and lies where it was seen to be in nobody's way. Everything else is checked_tensor's.
+    // The usual case, quickly, by looking at memory alone: the parameter is as it was when it was checked, the gradient
+    // is a C-contiguous array like it, and lies where it was seen to be in nobody's way. Everything else is
+    // checked_tensor's.
     bool is_as_before(const Watch& watch, py::handle gradient) const {
         if (!watch.usual || Py_TYPE(gradient.ptr()) != Py_TYPE(watch.array)) return false;
         const auto* g = py::detail::array_proxy(gradient.ptr());
@@ -114,10 +115,12 @@ protected:
     // filled in, and is all that is missing when the gradient is contiguous in the same order as the other arrays.
     std::vector<Watch> watches_;
     std::vector<Tensor> tensors_;
+    std::vector<int64_t> ends_;  // the number of elements in tensors 0 to i
     std::vector<int64_t> steps_;
     std::vector<py::ssize_t> shapes_;
     std::vector<Extent> owned_;  // all that a step may write, by address
     bool owned_dense_ = true;
+    bool one_job_ = false;  // tensors_ are one: of one rule and type, native, NumPy's and C-contiguous
     std::unique_ptr<const CupyReader> cupy_reader_;
 
     // Of the step in progress; kept for its memory.

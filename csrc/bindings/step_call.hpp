@@ -110,16 +110,26 @@ public:
             run_on_gpu(options);
             return {{}, false, options.needs_norm()};
         }
-        cpu::chosen_isa();
-        cpu::num_threads();
-        if (cpu::is_long(bytes())) {
-            const py::gil_scoped_release release;
-            return run_jobs(options);
-        }
-        return run_jobs(options);
+        return on_cpu(bytes(), [&] { return run_jobs(options); });
+    }
+
+    // Of a job whose tensors the caller keeps, in host memory.
+    void run(const Job& job) {
+        on_cpu(job.bytes(), [&] { cpu::run(job); });
     }
 
 private:
+    template <class Run>
+    static std::invoke_result_t<Run> on_cpu(int64_t bytes, const Run& run) {
+        cpu::chosen_isa();
+        cpu::num_threads();
+        if (cpu::is_long(bytes)) {
+            const py::gil_scoped_release release;
+            return run();
+        }
+        return run();
+    }
+
     struct Work {
         std::vector<Tensor> tensors;
         std::vector<int64_t> ends;

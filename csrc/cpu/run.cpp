@@ -26,7 +26,7 @@ void for_each_part(const Job& job, const Visit& visit) {
 
 }  // namespace
 
-bool is_long(int64_t bytes) { return bytes >= least_shared_bytes; }
+bool is_long(int64_t bytes) { return bytes >= least_waking_bytes; }
 
 void run(const Job& job) {
     const KernelTable& kernels = *chosen_isa().kernels;

@@ -12,7 +12,7 @@ void run(const Job& job);
 // Sets a job's gradients to zero, without a step.
 void zero_gradients(const Job& job);
 
-// Whether a job that moves this much is worth leaving the calling thread for, and so the GIL.
+// Whether a job that moves this much takes long enough to let go of the GIL, which may be long in coming back.
 bool is_long(int64_t bytes);
 
 // Zeros memory, its pages first touched by the threads that will update them.
