@@ -71,6 +71,16 @@ void prefetch_shapes(PyObject* array, PyObject* gradient) {
     if (Py_TYPE(gradient) == Py_TYPE(array)) __builtin_prefetch(py::detail::array_proxy(gradient)->dimensions);
 }
 
+// Of a dict, and of no other: it changes whenever an item does. From 3.12 on Python has none, which is 0 here.
+uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000
+    return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+    (void)dict;
+    return 0;
+#endif
+}
+
 template <class Hyper>
 class Optimizer : private ParameterList {
 public:
@@ -338,6 +348,7 @@ private:
 
         py::object key, entry;
         std::vector<py::object> values;
+        uint64_t version = 0;  // of the entry, when it was compared
     };
 
     // A step count in PyTorch's memory, which an array keeps.
@@ -346,15 +357,30 @@ private:
         float* memory;
     };
 
-    bool is_state_as_watched(py::handle state) const {
+    bool is_state_as_watched(py::handle state) {
         if (!PyDict_Check(state.ptr())) return false;
+        if (is_state_unchanged(state)) return true;
         size_t i = 0;
         Py_ssize_t place = 0;
         PyObject *key, *entry;
         for (; PyDict_Next(state.ptr(), &place, &key, &entry); ++i) {
             if (i == watched_state_.size() || !watched_state_[i].is(key, entry)) return false;
+            watched_state_[i].version = version_of(entry);
         }
-        return i == watched_state_.size();
+        if (i != watched_state_.size()) return false;
+        state_version_ = version_of(state.ptr());
+        return true;
+    }
+
+    // Since it was compared, which takes much longer.
+    bool is_state_unchanged(py::handle state) const {
+        if (state_version_ == 0 || version_of(state.ptr()) != state_version_) return false;
+        const size_t count = watched_state_.size();
+        for (size_t i = 0; i < count; ++i) {
+            if (i + 16 < count) __builtin_prefetch(watched_state_[i + 16].entry.ptr());
+            if (version_of(watched_state_[i].entry.ptr()) != watched_state_[i].version) return false;
+        }
+        return true;
     }
 
     bool hold_watched_dicts(py::handle param_groups, Preparation& prepared) const {
@@ -787,7 +813,8 @@ private:
     // Of tensors of PyTorch; the counts are those of the parameters.
     std::vector<WatchedGroup> watched_groups_;
     std::vector<WatchedEntry> watched_state_;
-    py::list watched_tensors_;  // of each parameter
+    uint64_t state_version_ = 0;  // when it was compared
+    py::list watched_tensors_;    // of each parameter
     std::vector<Count> counts_;
     py::object as_array_;
     TorchReader tensor_reader_;
