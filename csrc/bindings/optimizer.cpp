@@ -539,23 +539,30 @@ private:
     bool find_usual_gradients(int64_t begin, int64_t end) {
         for (size_t g = 0; g < groups_.size(); ++g) {
             const Group<Hyper>& group = groups_[g];
-            const auto& [params, gradients, scalars] = usual_groups_[g];
+            const UsualGroup& usual = usual_groups_[g];
+            PyObject* const* const gradients = usual.gradients;
             const int64_t first = group.first, past = std::min(end, first + group.count);
             for (int64_t i = std::max(begin, first); i < past; ++i) {
-                if (i + 16 < past) {
-                    prefetch_object(params[i + 16 - first]);
-                    prefetch_object(gradients[i + 16 - first]);
-                }
-                if (i + 8 < past) prefetch_shapes(watches_[i + 8].array, gradients[i + 8 - first]);
+                prefetch_after(i, past, [&](int64_t k) { return gradients[k - first]; });
                 PyObject* const gradient = gradients[i - first];
-                if (params[i - first] != watches_[i].array || steps_[i] != group.latest ||
+                if (usual.params[i - first] != watches_[i].array || steps_[i] != group.latest ||
                     !is_as_before(watches_[i], gradient))
                     return false;
                 tensors_[i].streams[gradient_stream] = py::detail::array_proxy(gradient)->data;
-                tensors_[i].scalars = scalars;
+                tensors_[i].scalars = usual.scalars;
             }
         }
         return true;
+    }
+
+    // What the checks of the parameters after parameter i look at.
+    template <class GradientOf>
+    void prefetch_after(int64_t i, int64_t end, const GradientOf& gradient_of) const {
+        if (i + 16 < end) {
+            prefetch_object(watches_[i + 16].array);
+            prefetch_object(gradient_of(i + 16));
+        }
+        if (i + 8 < end && watches_[i + 8].usual) prefetch_shapes(watches_[i + 8].array, gradient_of(i + 8));
     }
 
     void hold_usual_gradients(Preparation& prepared) const {
@@ -572,13 +579,8 @@ private:
             const Group<Hyper>& group = groups_[g];
             const int64_t end = group.first + group.count;
             for (int64_t i = group.first; i < end; ++i) {
-                if (prepared.memory.empty() && i + 16 < end) {
-                    prefetch_object(watches_[i + 16].array);
-                    prefetch_object(prepared.gradients[i + 16].ptr());
-                }
-                if (prepared.memory.empty() && i + 8 < end && watches_[i + 8].usual) {
-                    prefetch_shapes(watches_[i + 8].array, prepared.gradients[i + 8].ptr());
-                }
+                if (prepared.memory.empty())
+                    prefetch_after(i, end, [&](int64_t k) { return prepared.gradients[k].ptr(); });
                 if (!prepared.gradients[i].is_none()) {
                     if (!prepared.memory.empty() && prepared.memory[i] != nullptr) {
                         add_contiguous_gradient(i, prepared.memory[i], scalars_for(i, prepared.groups[g].hyper, group));

@@ -23,32 +23,37 @@
 namespace fusedstep::FUSEDSTEP_ISA {
 namespace {
 
-// How a format is accessed, by its name in the table of formats: a line for each.
-template <Format format, class Order>
-struct AccessOf;
-template <class Order>
-struct AccessOf<Format::native, Order> : std::common_type<Elements<Native, F32, Order>> {};
-template <class Order>
-struct AccessOf<Format::bfloat16, Order> : std::common_type<Elements<BFloat16, F32, Order>> {};
-template <class Order>
-struct AccessOf<Format::float16, Order> : std::common_type<Elements<Float16, F32, Order>> {};
-template <class Order>
-struct AccessOf<Format::bfloat16_master, Order> : std::common_type<Elements<WithMaster<BFloat16>, F32, Order>> {};
-template <class Order>
-struct AccessOf<Format::float16_master, Order> : std::common_type<Elements<WithMaster<Float16>, F32, Order>> {};
-template <class Order>
-struct AccessOf<Format::bfloat16_correction16, Order> : std::common_type<Elements<BFloat16Correction16, F32, Order>> {};
-template <class Order>
-struct AccessOf<Format::bfloat16_correction8, Order> : std::common_type<Elements<BFloat16Correction8, F32, Order>> {};
-template <class Order>
-struct AccessOf<Format::bfloat16_stochastic, Order> : std::common_type<Elements<BFloat16Stochastic, F32, Order>> {};
-template <class Order>
-struct AccessOf<Format::signed8, Order> : std::common_type<Blocks<Signed8, F32, Order>> {};
-template <class Order>
-struct AccessOf<Format::unsigned8, Order> : std::common_type<Blocks<Unsigned8, F32, Order>> {};
+// The mathematics of a format, by its name in the table of formats: a line for each.
+template <Format format>
+struct FormatOf;
+template <>
+struct FormatOf<Format::native> : std::common_type<Native> {};
+template <>
+struct FormatOf<Format::bfloat16> : std::common_type<BFloat16> {};
+template <>
+struct FormatOf<Format::float16> : std::common_type<Float16> {};
+template <>
+struct FormatOf<Format::bfloat16_master> : std::common_type<WithMaster<BFloat16>> {};
+template <>
+struct FormatOf<Format::float16_master> : std::common_type<WithMaster<Float16>> {};
+template <>
+struct FormatOf<Format::bfloat16_correction16> : std::common_type<BFloat16Correction16> {};
+template <>
+struct FormatOf<Format::bfloat16_correction8> : std::common_type<BFloat16Correction8> {};
+template <>
+struct FormatOf<Format::bfloat16_stochastic> : std::common_type<BFloat16Stochastic> {};
+template <>
+struct FormatOf<Format::signed8> : std::common_type<Signed8> {};
+template <>
+struct FormatOf<Format::unsigned8> : std::common_type<Unsigned8> {};
+
+template <class F, bool blockwise, class Order>
+struct AccessOf : std::common_type<Elements<F, F32, Order>> {};
+template <class F, class Order>
+struct AccessOf<F, true, Order> : std::common_type<Blocks<F, F32, Order>> {};
 
 template <Format format, class Order = Natural<F32>>
-using Access = typename AccessOf<format, Order>::type;
+using Access = typename AccessOf<typename FormatOf<format>::type, layout_of(format).blockwise, Order>::type;
 
 template <int... formats>
 constexpr KernelTable with_codecs(KernelTable table, std::integer_sequence<int, formats...>) {

@@ -199,25 +199,23 @@ struct OrderOfWords {
 
     FUSEDSTEP_INLINE static void store_upper(uint16_t* block, int vector, const U32 (&from)[4]) {
         for (int i = 0; i < 4; i += 2) {
-            const __m256i even = _mm256_srli_epi32(from[i].x, 16);
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(block + first(vector + i)),
-                                _mm256_blend_epi16(even, from[i + 1].x, 0b10101010));
+                                words(from[i] >> 16, from[i + 1]));
         }
     }
     FUSEDSTEP_INLINE static void store_middle(uint8_t* block, int vector, const U32 (&from)[4]) {
-        __m256i bytes[2];
-        for (int i = 0; i < 2; ++i) {
-            const __m256i odd = _mm256_slli_epi32(from[2 * i + 1].x, 8);
-            bytes[i] = _mm256_and_si256(_mm256_blend_epi16(_mm256_srli_epi32(from[2 * i].x, 8), odd, 0b10101010),
-                                        _mm256_set1_epi16(0xFF));
-        }
-        store_bytes(block + first(vector), _mm256_packus_epi16(bytes[0], bytes[1]));
+        const __m256i byte = _mm256_set1_epi16(0xFF);
+        store_bytes(block + first(vector),
+                    _mm256_packus_epi16(_mm256_and_si256(words(from[0] >> 8, from[1] << 8), byte),
+                                        _mm256_and_si256(words(from[2] >> 8, from[3] << 8), byte)));
     }
     FUSEDSTEP_INLINE static void store(int8_t* block, int vector, const U32 (&from)[4]) {
-        store_bytes(block + first(vector), _mm256_packs_epi16(words(from[0], from[1]), words(from[2], from[3])));
+        store_bytes(block + first(vector),
+                    _mm256_packs_epi16(words(from[0], from[1] << 16), words(from[2], from[3] << 16)));
     }
     FUSEDSTEP_INLINE static void store(uint8_t* block, int vector, const U32 (&from)[4]) {
-        store_bytes(block + first(vector), _mm256_packus_epi16(words(from[0], from[1]), words(from[2], from[3])));
+        store_bytes(block + first(vector),
+                    _mm256_packus_epi16(words(from[0], from[1] << 16), words(from[2], from[3] << 16)));
     }
 
 private:
@@ -225,9 +223,8 @@ private:
     FUSEDSTEP_INLINE static __m128i sixteen_bytes(const void* from) {
         return _mm_loadu_si128(static_cast<const __m128i*>(from));
     }
-    FUSEDSTEP_INLINE static __m256i words(U32 even, U32 odd) {
-        return _mm256_blend_epi16(even.x, _mm256_slli_epi32(odd.x, 16), 0b10101010);
-    }
+    // The lower halves of `even` and the upper ones of `odd`, in turn.
+    FUSEDSTEP_INLINE static __m256i words(U32 even, U32 odd) { return _mm256_blend_epi16(even.x, odd.x, 0b10101010); }
     FUSEDSTEP_INLINE static void store_bytes(void* to, __m256i packed) {
         _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0b11011000));
     }

@@ -116,10 +116,11 @@ FUSEDSTEP_INLINE void decode_as(const uint32_t (&items)[lanes], const uint32_t (
 
 template <class Moment, int lanes>
 FUSEDSTEP_INLINE void decode_codes(const uint32_t (&codes)[lanes], float unit, Vec<float> (&values)[lanes]) {
+    const Vec<float> block_unit = unit_of(Vec<float>(unit));
     FUSEDSTEP_UNROLL
     for (int i = 0; i < lanes; ++i) {
         const auto code = static_cast<typename Moment::Item>(codes[i]);
-        values[i] = Moment::template decode<Vec<float>>(U32(static_cast<uint32_t>(code)), unit_of(Vec<float>(unit)));
+        values[i] = Moment::template decode<Vec<float>>(U32(static_cast<uint32_t>(code)), block_unit);
     }
 }
 
