@@ -229,3 +229,28 @@ def test_special_values(isa, rule, dtype):
         result[np.isnan(result)] = wanted[np.isnan(wanted)] = np.nan
     assert bits(arrays) == bits(expected)
     assert all(np.isfinite(a).any() and np.isnan(a).any() for a in arrays)
+
+
+def test_the_root_of_every_mantissa(isa):
+    """A kernel may find roots by other means than the processor's, but not others."""
+    mantissas = np.arange(1 << 23, dtype=np.uint32)
+    exponents = [
+        127,
+        128,
+        *range(0, 256, 15),
+        30,
+        31,
+        32,
+        254,
+    ]
+    v = np.concatenate(
+        [mantissas | np.uint32(e << 23) for e in exponents[:2]]
+        + [mantissas[::4099] | np.uint32(e << 23) for e in exponents[2:]]
+    ).view("f4")
+    v = np.concatenate([v, np.float32([0.0, np.inf])])
+    p, g, m = np.zeros_like(v), np.zeros_like(v), np.ones_like(v)
+    fs.set_isa(isa)
+    # In float32 this beta2 is 1, so that v stays.
+    fs.adam_step(p, g, m, v, lr=1.0, betas=(0.5, 1 - 1e-12), eps=0.0, step=1, bias_correction=False)
+    with np.errstate(divide="ignore"):
+        np.testing.assert_array_equal(p, -(np.float32(0.5) / np.sqrt(v)))

@@ -13,18 +13,15 @@
 #include "../formats/native.hpp"
 #include "../formats/random.hpp"
 #include "../rules/inline.hpp"
+#include "fetch_ahead.hpp"
 #include "natural_order.hpp"
 
 namespace fusedstep {
 
-// Asks for the memory of the fourth block from here: a loop that computes much does not get that far ahead itself, and
-// the processor's own prefetching stops at the end of a page.
+// A loop that computes much does not get far ahead by itself.
 template <class Item>
-FUSEDSTEP_INLINE void fetch_ahead(const Item* block) {
-    constexpr int line = 64;
-    const char* const ahead = reinterpret_cast<const char*>(block) + 4 * block_elements * sizeof(Item);
-#pragma GCC unroll 4
-    for (size_t i = 0; i < block_elements * sizeof(Item); i += line) __builtin_prefetch(ahead + i);
+FUSEDSTEP_INLINE void fetch_fourth_block(const Item* block) {
+    fetch_ahead<block_elements, 4 * block_elements * sizeof(Item)>(block);
 }
 
 // One stream's part of a block, in memory.
@@ -80,7 +77,7 @@ public:
     // The next block, and the one before.
     FUSEDSTEP_INLINE void advance() {
         move(block_elements);
-        fetch_ahead(items_);
+        fetch_fourth_block(items_);
     }
     FUSEDSTEP_INLINE Elements before() const {
         Elements copy = *this;
@@ -173,7 +170,7 @@ public:
     FUSEDSTEP_INLINE void advance() {
         *this = Blocks(codes_ + block_elements, unit_at_ + 1);
         read_unit();
-        fetch_ahead(codes_);
+        fetch_fourth_block(codes_);
     }
     FUSEDSTEP_INLINE Blocks before() const { return Blocks(codes_ - block_elements, unit_at_ - 1); }
 

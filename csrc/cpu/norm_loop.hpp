@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../core/norm.hpp"
+#include "fetch_ahead.hpp"
 #include "kernels.hpp"
 
 namespace fusedstep {
@@ -45,6 +46,7 @@ void add_squares_side_by_side(const void* values, double* lanes) {
     const T* const from = static_cast<const T*>(values);
     for (int64_t at = 0; at < norm_block; at += at_once) {
         for (int k = 0; k < blocks_side_by_side; ++k) {
+            fetch_ahead<at_once>(from + k * norm_block + at);
             add_squares_of_part<V>(from + k * norm_block + at, at_once, lanes + k * norm_lanes);
         }
     }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../rules/gd.hpp"
+#include "fetch_ahead.hpp"
 
 namespace fusedstep {
 
@@ -43,18 +44,38 @@ FUSEDSTEP_INLINE void step_vector(typename V::Element* const* data, int64_t at, 
     }
 }
 
+// How many elements come before the first whole vector of memory.
+template <class V>
+FUSEDSTEP_INLINE int elements_before_vector(const typename V::Element* from) {
+    return static_cast<int>(-(reinterpret_cast<uintptr_t>(from) / sizeof(*from)) % V::lanes);
+}
+
 // Updates elements [begin, begin + count) of the arrays that `streams` points to.
 template <class Rule, class V>
 void step_loop(void* const* streams, int64_t begin, int64_t count, const void* scalars) {
     using T = typename V::Element;
-    // A copy that no store can alias, so that its broadcasts leave the loop.
-    const auto s = *static_cast<const typename Rule::template Scalars<T>*>(scalars);
     T* data[Rule::streams];
     for (int k = 0; k < Rule::streams; ++k) data[k] = static_cast<T*>(streams[k]) + begin;
 
-    int64_t at = 0;
-    for (; at + V::lanes <= count; at += V::lanes) step_vector<Rule, V>(data, at, s, Whole{});
-    if (at < count) step_vector<Rule, V>(data, at, s, First{static_cast<int>(count - at)});
+    // The scalars are a copy that no store can alias, so that their broadcasts leave the loop.
+    const auto loop = [&](const auto s) __attribute__((always_inline)) {
+        int64_t at = 0;
+        // NumPy's large arrays begin 16 bytes past a cache line, and an access to two lines takes as long as two.
+        if (const int head = elements_before_vector<V>(data[0]); head != 0 && count >= 16 * V::lanes) {
+            step_vector<Rule, V>(data, 0, s, First{head});
+            at = head;
+        }
+        constexpr int line = cache_line / sizeof(T);
+        for (; at + line <= count; at += line) {
+#pragma GCC unroll 8
+            for (int k = 0; k < Rule::streams; ++k) fetch_ahead<line>(data[k] + at);
+#pragma GCC unroll 2
+            for (int i = 0; i < line; i += V::lanes) step_vector<Rule, V>(data, at + i, s, Whole{});
+        }
+        for (; at + V::lanes <= count; at += V::lanes) step_vector<Rule, V>(data, at, s, Whole{});
+        if (at < count) step_vector<Rule, V>(data, at, s, First{static_cast<int>(count - at)});
+    };
+    with_constants(*static_cast<const typename Rule::template Scalars<T>*>(scalars), loop);
 }
 
 }  // namespace fusedstep

@@ -98,9 +98,11 @@ void ThreadPool::share(int threads, int64_t chunks, const void* body, ChunkFunct
         share_capacity_ = threads;
     }
     for (int i = 0; i < threads; ++i) {
-        shares_[i].next.store(chunks * i / threads, std::memory_order_relaxed);
+        shares_[i].taken.store(0, std::memory_order_relaxed);
+        shares_[i].begin = chunks * i / threads;
         shares_[i].end = chunks * (i + 1) / threads;
     }
+    backward_ = !backward_;
     threads_ = threads;
     body_ = body;
     function_ = function;
@@ -126,9 +128,9 @@ void ThreadPool::work(int participant) {
     for (int i = 0; i < threads_; ++i) {
         Share& share = shares_[(participant + i) % threads_];
         for (;;) {
-            const int64_t chunk = share.next.fetch_add(1, std::memory_order_relaxed);
-            if (chunk >= share.end) break;
-            function_(body_, chunk);
+            const int64_t taken = share.taken.fetch_add(1, std::memory_order_relaxed);
+            if (taken >= share.end - share.begin) break;
+            function_(body_, backward_ ? share.end - 1 - taken : share.begin + taken);
         }
     }
 }

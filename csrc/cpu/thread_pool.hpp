@@ -27,10 +27,11 @@ public:
     }
 
 private:
-    // The chunks of one participant; others take from `next` too once they have done their own.
+    // The chunks of one participant, [begin, end), of which so many are taken; others take some too once they have
+    // done their own.
     struct alignas(64) Share {
-        std::atomic<int64_t> next;
-        int64_t end;
+        std::atomic<int64_t> taken;
+        int64_t begin, end;
     };
 
     using ChunkFunction = void (*)(const void* body, int64_t chunk);
@@ -50,6 +51,7 @@ private:
     std::unique_ptr<Share[]> shares_;
     int share_capacity_ = 0;
     int threads_ = 0;
+    bool backward_ = false;
     const void* body_ = nullptr;
     ChunkFunction function_ = nullptr;
 

@@ -35,7 +35,21 @@ struct F32 {
     FUSEDSTEP_INLINE friend F32 operator/(F32 a, F32 b) { return _mm512_div_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 max(F32 a, F32 b) { return _mm512_max_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 min(F32 a, F32 b) { return _mm512_min_ps(a.x, b.x); }
-    FUSEDSTEP_INLINE friend F32 sqrt(F32 a) { return _mm512_sqrt_ps(a.x); }
+    // Exact, as vsqrtps is, whose unit it leaves to the division that a rule needs too: from any start within 2^-14 of
+    // 1 / sqrt(a), which vrsqrt14ps gives, this is the correctly rounded root. Outside [2^-96, infinity), where its
+    // last remainder would not be exact, vsqrtps is what does it.
+    FUSEDSTEP_INLINE friend F32 sqrt(F32 a) {
+        const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(a.x), _mm512_set1_epi32(0x0F800000));
+        if (_mm512_cmpge_epu32_mask(above, _mm512_set1_epi32(0x7F800000 - 0x0F800000)) != 0) [[unlikely]]
+            return _mm512_sqrt_ps(a.x);
+        const __m512 half = _mm512_set1_ps(0.5f);
+        const __m512 y = _mm512_rsqrt14_ps(a.x);
+        const __m512 g = _mm512_mul_ps(a.x, y);
+        const __m512 h = _mm512_mul_ps(y, half);
+        const __m512 r = _mm512_fnmadd_ps(g, h, half);
+        const __m512 root = _mm512_fmadd_ps(g, r, g);
+        return _mm512_fmadd_ps(_mm512_fmadd_ps(h, r, h), _mm512_fnmadd_ps(root, root, a.x), root);
+    }
     FUSEDSTEP_INLINE friend F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.x, b.x, c.x); }
     FUSEDSTEP_INLINE friend F32 fms(F32 a, F32 b, F32 c) { return _mm512_fmsub_ps(a.x, b.x, c.x); }
 };

@@ -38,17 +38,15 @@ FUSEDSTEP_INLINE V descend(const V& p, const V& m, const V& v, const Scalars& s)
     return fma(V(s.neg_step_size), m / denominator, V(s.param_decay) * p);
 }
 
-// Calls `loop` with the scalars; in the usual case, with those that choose a branch as constants of the compiler.
 template <class T, class Loop>
 FUSEDSTEP_INLINE void with_constants(AdamScalars<T> s, Loop loop) {
-    if (s.weight_decay == 0 && !s.moment_from_gradient && s.grad_scale == 1) {
-        s.grad_scale = 1;
-        s.weight_decay = 0;
-        s.moment_from_gradient = false;
-        loop(s);
-    } else {
-        loop(s);
-    }
+    if (s.weight_decay != 0 || s.moment_from_gradient || s.grad_scale != 1) return loop(s);
+    s.grad_scale = 1;
+    s.weight_decay = 0;
+    s.moment_from_gradient = false;
+    if (s.param_decay != 1) return loop(s);
+    s.param_decay = 1;
+    loop(s);
 }
 
 struct Adam {

@@ -28,6 +28,13 @@ struct GdScalars {
     bool first;  // the first step starts the momentum buffer from the gradient
 };
 
+// Calls `loop` with the scalars. A rule whose usual scalars are worth a loop of their own calls it with those as
+// constants of the compiler.
+template <class T, class Loop>
+FUSEDSTEP_INLINE void with_constants(const GdScalars<T>& s, Loop loop) {
+    loop(s);
+}
+
 // grad_scale * g is exact for a scale of 1 or -1, so it needs no branch. Decay does: a parameter that is
 // infinite must not turn into NaN where there is no decay.
 template <class V, class Scalars>

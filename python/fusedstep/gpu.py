@@ -55,11 +55,14 @@ def strides_of(array: Any) -> tuple[int, ...]:
 
 
 def lead_of(param: Any) -> int:
-    """Return the elements from the 16-byte boundary below a contiguous parameter's memory to it.
+    """Return the elements from the boundary below a contiguous parameter's memory to it.
 
-    A kernel moves 16 bytes at a time between such boundaries. An array with another lead than the
-    parameter's it has to move in smaller pieces.
+    A boundary is one of 64 bytes on the host and of 16 on a GPU: a kernel moves that much at a time
+    between them. An array with another lead than the parameter's it has to move in smaller pieces.
     """
+    if is_on_host(param):
+        address: int = param.__array_interface__["data"][0]
+        return address % 64 // dtype_of(param).itemsize
     name, _ = _library(param)
     if name == "cupy" and param.flags.c_contiguous:
         address = param.data.ptr

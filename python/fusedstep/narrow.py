@@ -90,7 +90,7 @@ class Storage:
         in_blocks = any(self._dtype(key) == "8bit" for key in state_keys) or (
             narrow and self.master_weights == "stochastic"
         )
-        lead = 0 if in_blocks or gpu.is_on_host(param) else gpu.lead_of(param)
+        lead = 0 if in_blocks else gpu.lead_of(param)
         arrays: dict[str, Any] = {}
         extras: list[Any] = [None, None]
         for key in state_keys:
@@ -220,14 +220,14 @@ def code_dtype(key: str) -> np.dtype[Any]:
 
 
 def zeros_like(param: Any, dtype: np.dtype[Any], lead: int = 0) -> Any:
-    """Return zeros in the parameter's layout. On a GPU the parameter's own library allocates.
+    """Return zeros in the parameter's layout, `lead` elements past a boundary of its memory's kind.
 
-    There, `lead` elements past a 16-byte boundary.
+    On a GPU the parameter's own library allocates.
     """
     if not gpu.is_on_host(param):
         return gpu.zeros_like(param, dtype, lead)
     strides = np.empty_like(param, dtype, order="K", subok=False).strides
-    return new_array(param.shape, dtype, strides)
+    return new_array(param.shape, dtype, strides, lead)
 
 
 def zeros(count: int, dtype: np.dtype[Any], param: Any) -> Any:
@@ -238,9 +238,12 @@ def zeros(count: int, dtype: np.dtype[Any], param: Any) -> Any:
 
 
 def new_array(
-    shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...] | None = None
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    strides: tuple[int, ...] | None = None,
+    lead: int = 0,
 ) -> Array:
-    """Return zeros on whole cache lines.
+    """Return zeros, the first of them `lead` elements past the beginning of a cache line.
 
     The pages are first touched by the threads that will update them.
     """
@@ -248,7 +251,7 @@ def new_array(
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = np.empty(size + cache_line, np.uint8)
     _core.fill_zero(memory)
-    offset = -memory.__array_interface__["data"][0] % cache_line
+    offset = (lead * dtype.itemsize - memory.__array_interface__["data"][0]) % cache_line
     return np.ndarray(shape, dtype, memory, offset, strides)
 
 
