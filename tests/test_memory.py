@@ -222,6 +222,17 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("past_a_line", [0, 1, 5])
+def test_large_state_lies_as_its_parameter_does(dtype, past_a_line):
+    memory = np.zeros(4096, dtype)
+    first = -memory.ctypes.data % 64 // memory.itemsize + past_a_line
+    param = memory[first : first + 2000]
+    own = fs.Adam(param).state[0]
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert own[key].ctypes.data % 64 == past_a_line * memory.itemsize
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_state_is_aligned_and_ordered_as_its_parameter(layout, dtype):
     param = layout(np.ones((5, 6, 7), dtype))

@@ -59,8 +59,11 @@ def lead_of(param: Any) -> int:
 
     A boundary is one of 64 bytes on the host and of 16 on a GPU: a kernel moves that much at a time
     between them. An array with another lead than the parameter's it has to move in smaller pieces.
+    Small arrays on the host are not worth it.
     """
     if is_on_host(param):
+        if param.nbytes < 4096:
+            return 0
         address: int = param.__array_interface__["data"][0]
         return address % 64 // dtype_of(param).itemsize
     name, _ = _library(param)
