@@ -7,6 +7,7 @@ import pytest
 from helpers import assert_unchanged
 
 import fusedstep as fs
+from fusedstep import _core
 
 # How many arrays a rule has, and a step of it over them, with every scalar in use.
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "grad_scale": 0.7}
@@ -229,6 +230,41 @@ def test_special_values(isa, rule, dtype):
         result[np.isnan(result)] = wanted[np.isnan(wanted)] = np.nan
     assert bits(arrays) == bits(expected)
     assert all(np.isfinite(a).any() and np.isnan(a).any() for a in arrays)
+
+
+@pytest.fixture
+def slow_denormals():
+    before = _core.denormals_are_slow()
+    yield _core.set_denormals_are_slow
+    _core.set_denormals_are_slow(before)
+
+
+@pytest.mark.parametrize("share", [0.03, 0.5, 1.0])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_around_denormals(slow_denormals, isa, rule, share, threads):
+    """A kernel that goes around denormals, which Intel's processors need, has the same bits."""
+    count, step = rule
+    rng = np.random.default_rng(1)
+    fs.set_num_threads(threads)
+    for first_exponent in (0, 80):
+        arrays = []
+        for k in range(count):
+            size = 30_011
+            exponents = rng.integers(first_exponent, 140, size)
+            exponents[rng.random(size) < share] = 0
+            exponents[12_000:20_000] = 127  # where the quick way is taken again
+            mantissas = rng.integers(0, 1 << 23, size) >> rng.integers(0, 23, size)
+            bits_of = (exponents << 23 | mantissas).astype(np.uint32)
+            bits_of[rng.random(size) < 0.1] = 0
+            if k < 3:
+                bits_of |= rng.integers(0, 2, size).astype(np.uint32) << np.uint32(31)
+            arrays.append(bits_of.view(np.float32))
+        expected = stepped(step, arrays)
+        for slow in (True, False):
+            slow_denormals(slow)
+            results = copies(arrays)
+            step(*results)
+            assert bits(results) == bits(expected)
 
 
 def test_the_root_of_every_mantissa(isa):

@@ -32,6 +32,7 @@ public:
     static constexpr bool has_extra = !std::is_void_v<typename Format::Extra>;
     static constexpr bool random = Format::random != 0;
     static constexpr bool native = std::is_same_v<Format, Native>;
+    static constexpr bool blockwise = false;
     static constexpr bool nan_is_bfloat16 = Format::nan_is_bfloat16;
     using Extra = std::conditional_t<has_extra, typename Format::Extra, uint8_t>;
     using B = typename V::Bits;
@@ -122,6 +123,7 @@ public:
     using Item = typename Format::Item;
     static constexpr bool random = true;
     static constexpr bool native = false;
+    static constexpr bool blockwise = true;
     static constexpr bool nan_is_bfloat16 = true;
     using B = typename V::Bits;
 
@@ -144,10 +146,12 @@ public:
     // Every element is observed before the scale is known, which replaces the old one.
     FUSEDSTEP_INLINE void observe(V value) { greatest_ = max(greatest_, Format::size(bits_of(value))); }
     FUSEDSTEP_INLINE Scale scale(uint64_t random) const {
-        const B greatest = greatest_.greatest();
-        const BlockScale<V> scale = scale_of<Format>(from_bits(greatest));
-        *unit_at_ = bits_of(scale.unit).first();
-        return {scale.reciprocal, static_cast<uint32_t>(random >> 32), greatest.first()};
+        const uint32_t bits = greatest_.greatest().first();
+        float greatest;
+        std::memcpy(&greatest, &bits, sizeof(bits));
+        const BlockScale<float> scale = scale_of<Format>(greatest);
+        std::memcpy(unit_at_, &scale.unit, sizeof(scale.unit));
+        return {V(scale.reciprocal), static_cast<uint32_t>(random >> 32), bits};
     }
 
     template <bool>

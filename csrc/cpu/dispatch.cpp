@@ -21,6 +21,17 @@ std::vector<Isa> detect() {
     return isas;
 }
 
+bool is_made_by_intel() {
+#if defined(FUSEDSTEP_X86_KERNELS)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel") != 0;
+#else
+    return false;
+#endif
+}
+
+std::atomic<bool> slow_denormals{is_made_by_intel()};
+
 enum class Origin { best, environment, call };
 
 std::atomic<const Isa*> chosen{nullptr};
@@ -82,5 +93,9 @@ void choose_isa(const std::string& name) {
     chosen.store(&find(name, "isa"), std::memory_order_release);
     origin = Origin::call;
 }
+
+bool denormals_are_slow() { return slow_denormals.load(std::memory_order_relaxed); }
+
+void set_denormals_are_slow(bool slow) { slow_denormals.store(slow, std::memory_order_relaxed); }
 
 }  // namespace fusedstep::cpu

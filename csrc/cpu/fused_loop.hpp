@@ -35,6 +35,8 @@ private:
     // Between the stages, state that is encoded.
     static constexpr bool is_kept(size_t k) { return is_state(k) && !written_at_once[k]; }
     static constexpr bool written_at_once[] = {Accesses::native...};
+    // Every other root beside the divider, which both stages wait for; where blocks are encoded, they wait for others.
+    static constexpr bool has_blocks = (Accesses::blockwise || ...);
     // Rounding a NaN needs care, except where none can come up that is not a bfloat16.
     static constexpr bool may_be_nan = !(Accesses::nan_is_bfloat16 && ...);
 
@@ -77,8 +79,8 @@ private:
                     ((values[k] = is_kept(k) ? V::load(state_before[k] + (vector + u) * V::lanes)
                                              : std::get<k>(before).decode(vector + u)),
                      ...);
-                    Rule::update_parameter(values, scalars);
-                    done[u] = values[0];
+                    done[u] = u % 2 == 0 || has_blocks ? updated_parameter<V>(values, scalars)
+                                                       : updated_parameter<typename V::OwnRoot>(values, scalars);
                 }
             }
             if constexpr (second) {
@@ -87,6 +89,14 @@ private:
             }
         }
         if constexpr (second) (std::get<k>(before).finish(std::get<k>(scales)), ...);
+    }
+
+    template <class W, class Scalars>
+    FUSEDSTEP_INLINE static V updated_parameter(const V (&from)[Rule::streams], const Scalars& scalars) {
+        W values[Rule::streams];
+        for (int k = 0; k < Rule::streams; ++k) values[k] = W(from[k]);
+        Rule::update_parameter(values, scalars);
+        return V(values[0]);
     }
 
     template <size_t k>

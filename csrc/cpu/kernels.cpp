@@ -10,6 +10,7 @@
 #include "../formats/eight_bit.hpp"
 #include "../formats/float16.hpp"
 #include "../formats/native.hpp"
+#include "careful.hpp"
 #include "codec_loop.hpp"
 #include "fused_loop.hpp"
 #include "norm_loop.hpp"
@@ -78,9 +79,18 @@ constexpr FusedStep fused_steps[] = {
     fused<Adam, Format::bfloat16_stochastic, Format::bfloat16, Format::signed8, Format::unsigned8>,
 };
 
+template <class Rule>
+constexpr StepKernel around_denormals() {
+    if constexpr (F32::lanes == 1)
+        return step_loop<Rule, F32>;
+    else
+        return step_loop_around_denormals<Rule, F32::OwnRoot>;
+}
+
 template <class... All>
 constexpr KernelTable table_of(RuleList<All...>) {
-    const KernelTable table{{{step_loop<All, F32>, step_loop<All, F64>}...},
+    const KernelTable table{{{step_loop<All, F32::OwnRoot>, step_loop<All, F64>}...},
+                            {around_denormals<All>()...},
                             {},
                             fused_steps,
                             std::size(fused_steps),

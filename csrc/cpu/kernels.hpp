@@ -37,6 +37,8 @@ struct FusedStep {
 
 struct KernelTable {
     StepKernel step[Rules::count][dtype_count];
+    // Of float32, for processors that are slow where they meet denormals.
+    StepKernel step_around_denormals[Rules::count];
     Codec codec[format_count];
     const FusedStep* fused;
     int fused_count;

@@ -30,7 +30,9 @@ bool is_long(int64_t bytes) { return bytes >= least_waking_bytes; }
 
 void run(const Job& job) {
     const KernelTable& kernels = *chosen_isa().kernels;
-    const StepKernel kernel = kernels.step[job.rule][static_cast<int>(job.dtype)];
+    const StepKernel kernel = job.dtype == DType::float32 && denormals_are_slow()
+                                  ? kernels.step_around_denormals[job.rule]
+                                  : kernels.step[job.rule][static_cast<int>(job.dtype)];
     const auto step = [&](const Tensor& tensor, int64_t begin, int64_t count) {
         if (tensor.layout == nullptr && tensor.storage == nullptr) {
             kernel(tensor.streams.data(), begin, count, tensor.scalars);

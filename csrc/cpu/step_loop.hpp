@@ -52,7 +52,7 @@ FUSEDSTEP_INLINE int elements_before_vector(const typename V::Element* from) {
 
 // Updates elements [begin, begin + count) of the arrays that `streams` points to.
 template <class Rule, class V>
-void step_loop(void* const* streams, int64_t begin, int64_t count, const void* scalars) {
+[[gnu::noinline]] void step_loop(void* const* streams, int64_t begin, int64_t count, const void* scalars) {
     using T = typename V::Element;
     T* data[Rule::streams];
     for (int k = 0; k < Rule::streams; ++k) data[k] = static_cast<T*>(streams[k]) + begin;

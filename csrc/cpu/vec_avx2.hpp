@@ -18,10 +18,13 @@ FUSEDSTEP_INLINE static __m256i first_lanes(int words) {
 }
 
 struct U32;
+struct F64;
 
 struct F32 {
     using Element = float;
     using Bits = U32;
+    using OwnRoot = F32;
+    using Wide = F64;
     static constexpr int lanes = 8;
 
     __m256 x;
@@ -70,6 +73,60 @@ struct F64 {
     FUSEDSTEP_INLINE friend F64 sqrt(F64 a) { return _mm256_sqrt_pd(a.x); }
     FUSEDSTEP_INLINE friend F64 fma(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a.x, b.x, c.x); }
 };
+
+// All bits of a lane are set where it is denormal.
+FUSEDSTEP_INLINE __m256 denormal_lanes(F32 a) {
+    const __m256i bits = _mm256_and_si256(_mm256_castps_si256(a.x), _mm256_set1_epi32(INT32_MAX));
+    return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpeq_epi32(bits, _mm256_setzero_si256()),
+                                                   _mm256_cmpgt_epi32(_mm256_set1_epi32(0x00800000), bits)));
+}
+
+FUSEDSTEP_INLINE bool any_denormal(F32 a, F32 b) {
+    return _mm256_movemask_ps(_mm256_or_ps(denormal_lanes(a), denormal_lanes(b))) != 0;
+}
+
+FUSEDSTEP_INLINE F32 without_denormals(F32 a) { return _mm256_andnot_ps(denormal_lanes(a), a.x); }
+
+FUSEDSTEP_INLINE bool all_zero(F32 a) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a.x, _mm256_setzero_ps(), _CMP_NEQ_UQ)) == 0;
+}
+
+// Of their magnitudes. Nothing is true of a NaN.
+FUSEDSTEP_INLINE bool all_at_least(F32 a, F32 least) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return _mm256_movemask_ps(
+               _mm256_cmp_ps(_mm256_andnot_ps(sign, a.x), _mm256_andnot_ps(sign, least.x), _CMP_NGE_UQ)) == 0;
+}
+
+// As an integer, a denormal is its value times 2^149.
+FUSEDSTEP_INLINE F32 sqrt_with_denormals(F32 a) {
+    const __m256i bits = _mm256_castps_si256(a.x);
+    const __m256 denormal =
+        _mm256_and_ps(denormal_lanes(a), _mm256_castsi256_ps(_mm256_cmpgt_epi32(bits, _mm256_setzero_si256())));
+    const __m256 scaled = _mm256_cvtepi32_ps(_mm256_slli_epi32(bits, 1));
+    const F32 root = sqrt(F32(_mm256_blendv_ps(a.x, scaled, denormal)));
+    return _mm256_blendv_ps(root.x, (root * F32(0x1p-75f)).x, denormal);
+}
+
+// The halves of a vector in float64, and back.
+FUSEDSTEP_INLINE F64 lower_half(F32 a) { return _mm256_cvtps_pd(_mm256_castps256_ps128(a.x)); }
+FUSEDSTEP_INLINE F64 upper_half(F32 a) { return _mm256_cvtps_pd(_mm256_extractf128_ps(a.x, 1)); }
+FUSEDSTEP_INLINE F32 narrowed(F64 lower, F64 upper) {
+    return _mm256_set_m128(_mm256_cvtpd_ps(upper.x), _mm256_cvtpd_ps(lower.x));
+}
+
+// a + b, and where that is not exact the odd one of its neighbours.
+FUSEDSTEP_INLINE F64 sum_to_odd(F64 a, F64 b) {
+    const F64 sum = a + b, of_b = sum - a;
+    const F64 error = (a - (sum - of_b)) + (b - of_b);  // Knuth's, exact
+    // Where the error points to zero, the neighbour there is the one that bits were cut off from.
+    const __m256i bits = _mm256_castpd_si256(sum.x);
+    const __m256d inexact = _mm256_cmp_pd(error.x, _mm256_setzero_pd(), _CMP_NEQ_OQ);
+    const __m256i differ = _mm256_castpd_si256(_mm256_xor_pd(sum.x, error.x));
+    const __m256i back = _mm256_and_si256(_mm256_srli_epi64(differ, 63), _mm256_castpd_si256(inexact));
+    const __m256i odd = _mm256_or_si256(_mm256_sub_epi64(bits, back), _mm256_set1_epi64x(1));
+    return _mm256_blendv_pd(sum.x, _mm256_castsi256_pd(odd), inexact);
+}
 
 struct U32 {
     __m256i x;
@@ -144,8 +201,8 @@ struct U32 {
     FUSEDSTEP_INLINE friend U32 with_sign(U32 a, U32 of) { return _mm256_sign_epi32(a.x, of.x); }
 };
 
-FUSEDSTEP_INLINE F32 if_negative(U32 a, F32 yes, F32 no) {
-    return _mm256_blendv_ps(no.x, yes.x, _mm256_castsi256_ps(a.x));
+FUSEDSTEP_INLINE F32 signed_as(F32 value, U32 of) {
+    return _mm256_blendv_ps(value.x, (F32(0.0f) - value).x, _mm256_castsi256_ps(of.x));
 }
 
 FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
@@ -175,8 +232,8 @@ struct HalfOfWords {
         return upper(
             HalfOfWords{_mm256_add_epi16(shifted, _mm256_set1_epi16(static_cast<int16_t>(base >> 16))), a.odd});
     }
-    FUSEDSTEP_INLINE friend F32 if_negative(HalfOfWords a, F32 yes, F32 no) {
-        return if_negative(a.odd ? U32(a.x) : U32(a.x) << 16, yes, no);
+    FUSEDSTEP_INLINE friend F32 signed_as(F32 value, HalfOfWords of) {
+        return signed_as(value, of.odd ? U32(of.x) : U32(of.x) << 16);
     }
 };
 

@@ -11,34 +11,41 @@
 namespace fusedstep::avx512 {
 
 struct U32;
+struct F64;
 
-struct F32 {
+// Division and root occupy one unit, which is what limits a loop that computes little else. With an `own_root` roots
+// are found beside it.
+template <bool own_root>
+struct BasicF32 {
     using Element = float;
     using Bits = U32;
+    using OwnRoot = BasicF32<true>;
+    using Wide = F64;
     static constexpr int lanes = 16;
 
     __m512 x;
 
-    FUSEDSTEP_INLINE F32() : x(_mm512_setzero_ps()) {}
-    FUSEDSTEP_INLINE explicit F32(float value) : x(_mm512_set1_ps(value)) {}
-    FUSEDSTEP_INLINE F32(__m512 value) : x(value) {}
+    FUSEDSTEP_INLINE BasicF32() : x(_mm512_setzero_ps()) {}
+    FUSEDSTEP_INLINE explicit BasicF32(float value) : x(_mm512_set1_ps(value)) {}
+    FUSEDSTEP_INLINE BasicF32(__m512 value) : x(value) {}
+    FUSEDSTEP_INLINE explicit BasicF32(BasicF32<!own_root> value) : x(value.x) {}
 
     FUSEDSTEP_INLINE static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
-    FUSEDSTEP_INLINE static F32 load(const float* from) { return _mm512_loadu_ps(from); }
-    FUSEDSTEP_INLINE static F32 load(const float* from, int n) { return _mm512_maskz_loadu_ps(first(n), from); }
+    FUSEDSTEP_INLINE static BasicF32 load(const float* from) { return _mm512_loadu_ps(from); }
+    FUSEDSTEP_INLINE static BasicF32 load(const float* from, int n) { return _mm512_maskz_loadu_ps(first(n), from); }
     FUSEDSTEP_INLINE void store(float* to) const { _mm512_storeu_ps(to, x); }
     FUSEDSTEP_INLINE void store(float* to, int n) const { _mm512_mask_storeu_ps(to, first(n), x); }
 
-    FUSEDSTEP_INLINE friend F32 operator+(F32 a, F32 b) { return _mm512_add_ps(a.x, b.x); }
-    FUSEDSTEP_INLINE friend F32 operator-(F32 a, F32 b) { return _mm512_sub_ps(a.x, b.x); }
-    FUSEDSTEP_INLINE friend F32 operator*(F32 a, F32 b) { return _mm512_mul_ps(a.x, b.x); }
-    FUSEDSTEP_INLINE friend F32 operator/(F32 a, F32 b) { return _mm512_div_ps(a.x, b.x); }
-    FUSEDSTEP_INLINE friend F32 max(F32 a, F32 b) { return _mm512_max_ps(a.x, b.x); }
-    FUSEDSTEP_INLINE friend F32 min(F32 a, F32 b) { return _mm512_min_ps(a.x, b.x); }
-    // Exact, as vsqrtps is, whose unit it leaves to the division that a rule needs too: from any start within 2^-14 of
-    // 1 / sqrt(a), which vrsqrt14ps gives, this is the correctly rounded root. Outside [2^-96, infinity), where its
-    // last remainder would not be exact, vsqrtps is what does it.
-    FUSEDSTEP_INLINE friend F32 sqrt(F32 a) {
+    FUSEDSTEP_INLINE friend BasicF32 operator+(BasicF32 a, BasicF32 b) { return _mm512_add_ps(a.x, b.x); }
+    FUSEDSTEP_INLINE friend BasicF32 operator-(BasicF32 a, BasicF32 b) { return _mm512_sub_ps(a.x, b.x); }
+    FUSEDSTEP_INLINE friend BasicF32 operator*(BasicF32 a, BasicF32 b) { return _mm512_mul_ps(a.x, b.x); }
+    FUSEDSTEP_INLINE friend BasicF32 operator/(BasicF32 a, BasicF32 b) { return _mm512_div_ps(a.x, b.x); }
+    FUSEDSTEP_INLINE friend BasicF32 max(BasicF32 a, BasicF32 b) { return _mm512_max_ps(a.x, b.x); }
+    FUSEDSTEP_INLINE friend BasicF32 min(BasicF32 a, BasicF32 b) { return _mm512_min_ps(a.x, b.x); }
+    // Exact either way: from any start within 2^-14 of 1 / sqrt(a), which vrsqrt14ps gives, this comes to the correctly
+    // rounded root. Outside [2^-96, infinity), where its last remainder would not be exact, vsqrtps is what does it.
+    FUSEDSTEP_INLINE friend BasicF32 sqrt(BasicF32 a) {
+        if constexpr (!own_root) return _mm512_sqrt_ps(a.x);
         const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(a.x), _mm512_set1_epi32(0x0F800000));
         if (_mm512_cmpge_epu32_mask(above, _mm512_set1_epi32(0x7F800000 - 0x0F800000)) != 0) [[unlikely]]
             return _mm512_sqrt_ps(a.x);
@@ -50,9 +57,11 @@ struct F32 {
         const __m512 root = _mm512_fmadd_ps(g, r, g);
         return _mm512_fmadd_ps(_mm512_fmadd_ps(h, r, h), _mm512_fnmadd_ps(root, root, a.x), root);
     }
-    FUSEDSTEP_INLINE friend F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.x, b.x, c.x); }
-    FUSEDSTEP_INLINE friend F32 fms(F32 a, F32 b, F32 c) { return _mm512_fmsub_ps(a.x, b.x, c.x); }
+    FUSEDSTEP_INLINE friend BasicF32 fma(BasicF32 a, BasicF32 b, BasicF32 c) { return _mm512_fmadd_ps(a.x, b.x, c.x); }
+    FUSEDSTEP_INLINE friend BasicF32 fms(BasicF32 a, BasicF32 b, BasicF32 c) { return _mm512_fmsub_ps(a.x, b.x, c.x); }
 };
+
+using F32 = BasicF32<false>;
 
 struct F64 {
     using Element = double;
@@ -80,6 +89,63 @@ struct F64 {
     FUSEDSTEP_INLINE friend F64 fma(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a.x, b.x, c.x); }
 };
 
+template <bool own_root>
+FUSEDSTEP_INLINE __mmask16 denormal_lanes(BasicF32<own_root> a) {
+    return _mm512_fpclass_ps_mask(a.x, 0x20);
+}
+
+template <bool own_root>
+FUSEDSTEP_INLINE bool any_denormal(BasicF32<own_root> a, BasicF32<own_root> b) {
+    return _kortestz_mask16_u8(denormal_lanes(a), denormal_lanes(b)) == 0;
+}
+
+template <bool own_root>
+FUSEDSTEP_INLINE BasicF32<own_root> without_denormals(BasicF32<own_root> a) {
+    return _mm512_mask_mov_ps(a.x, denormal_lanes(a), _mm512_setzero_ps());
+}
+
+template <bool own_root>
+FUSEDSTEP_INLINE bool all_zero(BasicF32<own_root> a) {
+    return _mm512_cmp_ps_mask(a.x, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
+}
+
+// Of their magnitudes. Nothing is true of a NaN.
+template <bool own_root>
+FUSEDSTEP_INLINE bool all_at_least(BasicF32<own_root> a, BasicF32<own_root> least) {
+    return _mm512_cmp_ps_mask(_mm512_abs_ps(a.x), _mm512_abs_ps(least.x), _CMP_NGE_UQ) == 0;
+}
+
+// As an integer, a denormal is its value times 2^149.
+template <bool own_root>
+FUSEDSTEP_INLINE BasicF32<own_root> sqrt_with_denormals(BasicF32<own_root> a) {
+    const __m512i bits = _mm512_castps_si512(a.x);
+    const __mmask16 denormal = denormal_lanes(a) & ~_mm512_movepi32_mask(bits);
+    const __m512 root = _mm512_sqrt_ps(_mm512_mask_cvtepi32_ps(a.x, denormal, _mm512_slli_epi32(bits, 1)));
+    return _mm512_mask_mul_ps(root, denormal, root, _mm512_set1_ps(0x1p-75f));
+}
+
+// The halves of a vector in float64, and back.
+template <bool own_root>
+FUSEDSTEP_INLINE F64 lower_half(BasicF32<own_root> a) {
+    return _mm512_cvtps_pd(_mm512_castps512_ps256(a.x));
+}
+template <bool own_root>
+FUSEDSTEP_INLINE F64 upper_half(BasicF32<own_root> a) {
+    return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.x, 1));
+}
+FUSEDSTEP_INLINE __m512 narrowed(F64 lower, F64 upper) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(lower.x)), _mm512_cvtpd_ps(upper.x), 1);
+}
+
+// a + b, and where that is not exact the odd one of its neighbours.
+FUSEDSTEP_INLINE F64 sum_to_odd(F64 a, F64 b) {
+    constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC, up = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
+    const __m512i sum = _mm512_castpd_si512(_mm512_add_round_pd(a.x, b.x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
+    const __mmask8 inexact =
+        _mm512_cmp_pd_mask(_mm512_add_round_pd(a.x, b.x, down), _mm512_add_round_pd(a.x, b.x, up), _CMP_NEQ_OQ);
+    return _mm512_castsi512_pd(_mm512_mask_or_epi64(sum, inexact, sum, _mm512_set1_epi64(1)));
+}
+
 struct U32 {
     __m512i x;
 
@@ -106,17 +172,23 @@ struct U32 {
         for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + 16 * i, from[i].x);
     }
     FUSEDSTEP_INLINE static void store(uint16_t* to, const U32 (&from)[4]) {
-        for (int i = 0; i < 4; ++i) {
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * i), _mm512_cvtepi32_epi16(from[i].x));
+        const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        for (int i = 0; i < 4; i += 2) {
+            const __m512i packed = _mm512_packus_epi32(from[i].x, from[i + 1].x);
+            _mm512_storeu_si512(to + 16 * i, _mm512_permutexvar_epi64(order, packed));
         }
-    }
-    FUSEDSTEP_INLINE static void store(int8_t* to, const U32 (&from)[4]) {
-        store(reinterpret_cast<uint8_t*>(to), from);
     }
     FUSEDSTEP_INLINE static void store(uint8_t* to, const U32 (&from)[4]) {
-        for (int i = 0; i < 4; ++i) {
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * i), _mm512_cvtepi32_epi8(from[i].x));
-        }
+        store_bytes(to, _mm512_packus_epi16(_mm512_packus_epi32(from[0].x, from[1].x),
+                                            _mm512_packus_epi32(from[2].x, from[3].x)));
+    }
+    FUSEDSTEP_INLINE static void store(int8_t* to, const U32 (&from)[4]) {
+        store_bytes(
+            to, _mm512_packs_epi16(_mm512_packs_epi32(from[0].x, from[1].x), _mm512_packs_epi32(from[2].x, from[3].x)));
+    }
+    FUSEDSTEP_INLINE static void store_bytes(void* to, __m512i packed) {
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, packed));
     }
     FUSEDSTEP_INLINE static U32 lane_numbers() {
         return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -150,8 +222,10 @@ struct U32 {
     }
 };
 
-FUSEDSTEP_INLINE F32 if_negative(U32 a, F32 yes, F32 no) {
-    return _mm512_mask_blend_ps(_mm512_movepi32_mask(a.x), no.x, yes.x);
+FUSEDSTEP_INLINE F32 signed_as(F32 value, U32 of) {
+    constexpr int a_and_b_or_c = 0xEA;
+    return _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(of.x, _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(value.x), a_and_b_or_c));
 }
 
 FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
@@ -162,7 +236,77 @@ FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
 FUSEDSTEP_INLINE U32 bits_of(F32 value) { return _mm512_castps_si512(value.x); }
 FUSEDSTEP_INLINE F32 from_bits(U32 bits) { return _mm512_castsi512_ps(bits.x); }
 
-// In which items of 8 and 16 bits are read and written with the fewest instructions.
-using OrderOfWords = Natural<F32>;
+// As in vec_avx2.hpp, with twice as many.
+struct HalfOfWords {
+    __m512i x;
+    bool odd;
+
+    FUSEDSTEP_INLINE friend HalfOfWords absolute(HalfOfWords a) { return {_mm512_abs_epi16(a.x), a.odd}; }
+    FUSEDSTEP_INLINE friend U32 upper(HalfOfWords a) { return a.odd ? U32(a.x) & U32(0xFFFF0000u) : U32(a.x) << 16; }
+    FUSEDSTEP_INLINE friend U32 middle(HalfOfWords a) {
+        return a.odd ? U32(_mm512_srai_epi32(a.x, 8)) & U32(0xFFFFFF00u)
+                     : U32(_mm512_srai_epi32((U32(a.x) << 16).x, 8));
+    }
+    template <int bits, uint32_t base>
+    FUSEDSTEP_INLINE friend U32 raised(HalfOfWords a) {
+        static_assert(bits >= 16 && base % 0x10000u == 0);
+        const __m512i shifted = _mm512_slli_epi16(a.x, bits - 16);
+        return upper(
+            HalfOfWords{_mm512_add_epi16(shifted, _mm512_set1_epi16(static_cast<int16_t>(base >> 16))), a.odd});
+    }
+    FUSEDSTEP_INLINE friend F32 signed_as(F32 value, HalfOfWords of) {
+        return signed_as(value, of.odd ? U32(of.x) : U32(of.x) << 16);
+    }
+};
+
+struct OrderOfWords {
+    FUSEDSTEP_INLINE static U32 elements(int vector) {
+        return U32::lane_numbers() * U32(2) + U32(static_cast<uint32_t>(first(vector) + vector % 2));
+    }
+
+    FUSEDSTEP_INLINE static HalfOfWords load(const uint16_t* block, int vector) {
+        return {_mm512_loadu_si512(block + first(vector)), vector % 2 != 0};
+    }
+    FUSEDSTEP_INLINE static HalfOfWords load(const uint8_t* block, int vector) {
+        return {_mm512_cvtepu8_epi16(bytes(block + first(vector))), vector % 2 != 0};
+    }
+    FUSEDSTEP_INLINE static HalfOfWords load(const int8_t* block, int vector) {
+        return {_mm512_cvtepi8_epi16(bytes(block + first(vector))), vector % 2 != 0};
+    }
+
+    FUSEDSTEP_INLINE static void store_upper(uint16_t* block, int vector, const U32 (&from)[4]) {
+        for (int i = 0; i < 4; i += 2) {
+            _mm512_storeu_si512(block + first(vector + i), words(from[i] >> 16, from[i + 1]));
+        }
+    }
+    FUSEDSTEP_INLINE static void store_middle(uint8_t* block, int vector, const U32 (&from)[4]) {
+        const __m512i byte = _mm512_set1_epi16(0xFF);
+        store_bytes(block + first(vector),
+                    _mm512_packus_epi16(_mm512_and_si512(words(from[0] >> 8, from[1] << 8), byte),
+                                        _mm512_and_si512(words(from[2] >> 8, from[3] << 8), byte)));
+    }
+    FUSEDSTEP_INLINE static void store(int8_t* block, int vector, const U32 (&from)[4]) {
+        store_bytes(block + first(vector),
+                    _mm512_packs_epi16(words(from[0], from[1] << 16), words(from[2], from[3] << 16)));
+    }
+    FUSEDSTEP_INLINE static void store(uint8_t* block, int vector, const U32 (&from)[4]) {
+        store_bytes(block + first(vector),
+                    _mm512_packus_epi16(words(from[0], from[1] << 16), words(from[2], from[3] << 16)));
+    }
+
+private:
+    FUSEDSTEP_INLINE static int first(int vector) { return vector / 2 * 32; }
+    FUSEDSTEP_INLINE static __m256i bytes(const void* from) {
+        return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+    }
+    // The lower halves of `even` and the upper ones of `odd`, in turn.
+    FUSEDSTEP_INLINE static __m512i words(U32 even, U32 odd) {
+        return _mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int>(0xFFFF0000u)), odd.x, even.x, 0xCA);
+    }
+    FUSEDSTEP_INLINE static void store_bytes(void* to, __m512i packed) {
+        const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi64(order, packed));
+    }
+};
 
 }  // namespace fusedstep::avx512

@@ -18,6 +18,7 @@ template <class T>
 struct Vec {
     using Element = T;
     using Bits = U32;
+    using OwnRoot = Vec;
     static constexpr int lanes = 1;
 
     T x;
@@ -89,7 +90,8 @@ struct U32 {
     }
 };
 
-FUSEDSTEP_INLINE F32 if_negative(U32 a, F32 yes, F32 no) { return static_cast<int32_t>(a.x) < 0 ? yes : no; }
+// A positive value with the sign of an integer.
+FUSEDSTEP_INLINE F32 signed_as(F32 value, U32 of) { return F32(static_cast<int32_t>(of.x) < 0 ? -value.x : value.x); }
 
 FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
     return values[0].x != values[0].x || values[1].x != values[1].x || values[2].x != values[2].x ||

@@ -73,7 +73,9 @@ struct Vec<float> {
         return Vec(FUSEDSTEP_ROUNDED(__fmaf_rn(a.x, b.x, c.x), std::fma(a.x, b.x, c.x)));
     }
     FUSEDSTEP_INLINE friend Vec fms(Vec a, Vec b, Vec c) { return fma(a, b, Vec(-c.x)); }
-    FUSEDSTEP_INLINE friend Vec if_negative(U32 a, Vec yes, Vec no) { return static_cast<int32_t>(a.x) < 0 ? yes : no; }
+    FUSEDSTEP_INLINE friend Vec signed_as(Vec value, U32 of) {
+        return Vec(static_cast<int32_t>(of.x) < 0 ? -value.x : value.x);
+    }
 };
 
 template <>

@@ -1,6 +1,6 @@
 // Items of 8 and 16 bits on their way to the 32-bit lanes in which a rule computes. In general they are read into
 // such lanes, B, and this is all there is to it. An instruction set may have a type of its own for them, with the
-// same functions and if_negative().
+// same functions, absolute() and signed_as().
 #pragma once
 
 #include <cstdint>

@@ -32,10 +32,16 @@ FUSEDSTEP_INLINE void update_moments(const V& p, const V& g, V& m, V& v, const S
     v = fma(V(s.one_minus_beta2) * scaled, scaled, V(s.beta2) * v);
 }
 
+// scale * (dividend / divisor) + addend. A vector type may know a shorter way where that is the addend.
+template <class V>
+FUSEDSTEP_INLINE V fma_of_quotient(const V& scale, const V& dividend, const V& divisor, const V& addend) {
+    return fma(scale, dividend / divisor, addend);
+}
+
 template <class V, class Scalars>
 FUSEDSTEP_INLINE V descend(const V& p, const V& m, const V& v, const Scalars& s) {
     const V denominator = fma(sqrt(v), V(s.inv_sqrt_correction), V(s.eps));
-    return fma(V(s.neg_step_size), m / denominator, V(s.param_decay) * p);
+    return fma_of_quotient(V(s.neg_step_size), m, denominator, V(s.param_decay) * p);
 }
 
 template <class T, class Loop>
