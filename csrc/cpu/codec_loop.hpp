@@ -20,8 +20,8 @@ namespace fusedstep {
 
 // A loop that computes much does not get far ahead by itself.
 template <class Item>
-FUSEDSTEP_INLINE void fetch_fourth_block(const Item* block) {
-    fetch_ahead<block_elements, 4 * block_elements * sizeof(Item)>(block);
+FUSEDSTEP_INLINE void fetch_eighth_block(const Item* block) {
+    fetch_ahead<block_elements, 8 * block_elements * sizeof(Item)>(block);
 }
 
 // One stream's part of a block, in memory.
@@ -78,7 +78,7 @@ public:
     // The next block, and the one before.
     FUSEDSTEP_INLINE void advance() {
         move(block_elements);
-        fetch_fourth_block(items_);
+        fetch_eighth_block(items_);
     }
     FUSEDSTEP_INLINE Elements before() const {
         Elements copy = *this;
@@ -174,7 +174,7 @@ public:
     FUSEDSTEP_INLINE void advance() {
         *this = Blocks(codes_ + block_elements, unit_at_ + 1);
         read_unit();
-        fetch_fourth_block(codes_);
+        fetch_eighth_block(codes_);
     }
     FUSEDSTEP_INLINE Blocks before() const { return Blocks(codes_ - block_elements, unit_at_ - 1); }
 
