@@ -420,3 +420,24 @@ def test_what_the_gpu_cannot_count_by_is_refused(name, cuda, gpu):
     where.update(kept)
     ours.step(1)
     assert ours.steps() == [2] * 4
+
+
+def test_counts_that_no_state_has(cuda, gpu):
+    """That of momentum, whose first step is another than those after it."""
+    runs = pair("momentum", fused=True)
+    for seed in range(4):
+        for run in runs:
+            if seed == 2:
+                run.optimizer.state.clear()
+            run.step(seed)
+        assert runs[0].memory() == runs[1].memory()
+    other = Run("cuda", "momentum", fused=True)
+    other.optimizer.found_inf = on_gpu(torch.ones(()))
+    other.step(0)
+    del other.optimizer.found_inf
+    other.optimizer.load_state_dict(copy.deepcopy(runs[1].optimizer.state_dict()))
+    for own, param in zip(other.params, runs[1].params, strict=True):
+        on_host(own).copy_(on_host(param))
+    for run in (runs[0], other):
+        run.step(4)
+    assert runs[0].memory() == other.memory()
