@@ -95,6 +95,7 @@ def test_arrays_go_on_from_what_pytorch_saved(name, saved):
     params = {n: rng.standard_normal(s) for n, s in (("a", (4, 3)), ("b", 5), ("unused", 2))}
     tensors = {n: torch.nn.Parameter(torch.from_numpy(a.copy())) for n, a in params.items()}
     reference = getattr(torch.optim, name)(tensors.items(), **SAVED[saved])
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(reference, 0.1, 9, cycle_momentum=False)
 
     def gradients():
         grads = {n: rng.standard_normal(a.shape) for n, a in params.items()}
@@ -107,6 +108,7 @@ def test_arrays_go_on_from_what_pytorch_saved(name, saved):
 
     for _ in range(3):
         step_reference(gradients())
+        scheduler.step()
     for n, tensor in tensors.items():
         params[n][...] = tensor.detach().numpy()
     optimizer = getattr(fs, name)(params, amsgrad=saved == "amsgrad")

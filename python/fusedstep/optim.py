@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 
 _PLAIN = StepInfo(None, False)
-# How PyTorch runs the steps of a group, which is no hyper-parameter here.
-_PYTORCHS_WAYS = {"foreach", "capturable", "differentiable", "fused"}
+# What PyTorch's groups have beside hyper-parameters: how to run steps, and what is its schedulers'.
+_PYTORCHS_OWN = {"foreach", "capturable", "differentiable", "fused", "initial_lr"}
+_PYTORCHS_OWN |= {"max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 
 
 class Optimizer:
@@ -427,7 +428,7 @@ class Optimizer:
 
     def _from_pytorch(self, saved: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Return the hyper-parameters of a group that PyTorch saved."""
-        return {key: value for key, value in saved.items() if key not in _PYTORCHS_WAYS}
+        return {key: value for key, value in saved.items() if key not in _PYTORCHS_OWN}
 
     def _checked_entry(
         self, entry: Mapping[str, Any], param: Array, own: Mapping[str, Any], where: str
