@@ -247,39 +247,18 @@ class _Optimizer(torch.optim.Optimizer):
         bound: list[_Bound] = []
         counts: dict[torch.Tensor, StepCount] = {}
         groups, group_counts = [], []
-        distributed = []
-        inference = False
         for number, group in enumerate(self.param_groups):
             keys = self._state_keys(group)
             native.check_group(group, number, len(keys), on_gpu)
             members = []
             for param, suffix in zip(group["params"], _suffixes(group, number), strict=True):
-                before = {k: v for k, v in self.state.get(param, {}).items() if v is not None}
-                if param.grad is None and not before and (keys or not param.requires_grad):
-                    continue
-                array = self._checked_parameter(param, keys, suffix)
                 if group.get("capturable") and not param.is_cuda:
                     raise ValueError(
                         f"params{suffix}: in host memory, but capturable=True counts steps on a GPU"
                     )
-                if param.is_inference():
-                    inference = True
-                    if not torch.is_inference_mode_enabled():
-                        raise RuntimeError(
-                            f"params{suffix}: made in inference mode, and only there can a step "
-                            "change it; step a clone of it"
-                        )
-                if _is_distributed(param):
-                    distributed.append((param, suffix))
-                    _place_gradient(param, suffix)
-                if param.grad is not None:
-                    _checked_array(param.grad, f"grads{suffix}", writes=False)
-                count = self._count_of(param, before, keys) if on_gpu else None
-                with torch.inference_mode(False):
-                    entry, state, extras, step = self._entry(
-                        before, param, array, keys, suffix, count is not None
-                    )
-                members.append(_Bound(param, suffix, array, count, entry, state, extras, step))
+                before = {k: v for k, v in self.state.get(param, {}).items() if v is not None}
+                if param.grad is not None or before or (not keys and param.requires_grad):
+                    members.append(self._bound(param, suffix, before, keys, on_gpu))
             parts = _stepped_together(members) if on_gpu else [members] if members else []
             for part in parts:
                 params = [member.param for member in part]
@@ -326,12 +305,38 @@ class _Optimizer(torch.optim.Optimizer):
         )
         self._native = native
         self._counts = counts
-        self._distributed = distributed
-        self._inference = inference
+        self._distributed = [(m.param, m.suffix) for m in bound if _is_distributed(m.param)]
+        self._inference = any(member.param.is_inference() for member in bound)
         self._repeats_in_graphs = (
             self._counts_steps() and not on_gpu and any(member.param.is_cuda for member in bound)
         )
         return made
+
+    def _bound(
+        self,
+        param: torch.Tensor,
+        suffix: str,
+        before: dict[str, Any],
+        keys: tuple[str, ...],
+        on_gpu: bool,
+    ) -> _Bound:
+        """Return what the native optimizer is to know of a parameter, checked."""
+        array = self._checked_parameter(param, keys, suffix)
+        if param.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"params{suffix}: made in inference mode, and only there can a step change it; "
+                "step a clone of it"
+            )
+        if _is_distributed(param):
+            _place_gradient(param, suffix)
+        if param.grad is not None:
+            _checked_array(param.grad, f"grads{suffix}", writes=False)
+        count = self._count_of(param, before, keys) if on_gpu else None
+        with torch.inference_mode(False):
+            entry, state, extras, step = self._entry(
+                before, param, array, keys, suffix, count is not None
+            )
+        return _Bound(param, suffix, array, count, entry, state, extras, step)
 
     def _count_of(
         self, param: torch.Tensor, before: Mapping[str, Any], keys: tuple[str, ...]
