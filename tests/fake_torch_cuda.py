@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,27 @@ from fake_gpu import change_dlpack
 from torch.overrides import TorchFunctionMode
 
 GPU = torch.device("cuda", 0)
+_waits_are_refused = False
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """Fail where the host looks at the GPU's memory, which it would have to wait for."""
+    global _waits_are_refused
+    _waits_are_refused = True
+    try:
+        yield
+    finally:
+        _waits_are_refused = False
+
+
+def _waiting(name: str) -> Any:
+    def look(self: Any, *args: Any) -> Any:
+        if _waits_are_refused:
+            raise AssertionError(f"{name} waits for the GPU")
+        return getattr(on_host(self), name)(*args)
+
+    return look
 
 
 class CudaTensor(torch.Tensor):
@@ -36,7 +58,14 @@ class CudaTensor(torch.Tensor):
     def __deepcopy__(self, memo: Any) -> CudaTensor:
         return on_gpu(on_host(self).clone())
 
+    item, tolist, __bool__, __int__, __float__, __index__, __format__ = map(
+        _waiting,
+        ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__format__"),
+    )  # type: ignore[assignment]
+
     def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        if _waits_are_refused:
+            raise AssertionError("cpu() waits for the GPU")
         return on_host(self).clone()
 
     def numpy(self) -> Any:  # type: ignore[override]
@@ -76,6 +105,7 @@ class Cuda:
     """PyTorch's current stream as a test sets it."""
 
     stream: int = 0x51
+    capturing: bool = False
     asked: list[Any] = field(default_factory=list)
 
     def current_stream(self, device: Any) -> SimpleNamespace:
@@ -89,6 +119,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch, gpu: Any) -> Any:
     fake = Cuda()
     monkeypatch.setattr(torch.cuda, "current_stream", fake.current_stream)
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
+    # Else a GradScaler does nothing.
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     with _Moving():
         yield fake

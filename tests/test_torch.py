@@ -78,3 +78,65 @@ def test_8_bit_moments_load_beside_a_tensor_as_beside_an_array(transposed):
         )
         assert ours.any()
         assert ours.tolist() == theirs.tolist()
+
+
+SAVED = {
+    "foreach": {"foreach": True},
+    "fused": {"fused": True, "maximize": True},
+    "amsgrad": {"amsgrad": True, "betas": (0.3, 0.9)},
+    "tensor lr": {"lr": torch.tensor(0.02, dtype=torch.float64), "weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize("saved", SAVED)
+def test_arrays_go_on_from_what_pytorch_saved(name, saved):
+    rng = np.random.default_rng(0)
+    params = {n: rng.standard_normal(s) for n, s in (("a", (4, 3)), ("b", 5), ("unused", 2))}
+    tensors = {n: torch.nn.Parameter(torch.from_numpy(a.copy())) for n, a in params.items()}
+    reference = getattr(torch.optim, name)(tensors.items(), **SAVED[saved])
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(reference, 0.1, 9, cycle_momentum=False)
+
+    def gradients():
+        grads = {n: rng.standard_normal(a.shape) for n, a in params.items()}
+        return {**grads, "unused": None}
+
+    def step_reference(grads):
+        for n, g in grads.items():
+            tensors[n].grad = None if g is None else torch.from_numpy(g)
+        reference.step()
+
+    for _ in range(3):
+        step_reference(gradients())
+        scheduler.step()
+    for n, tensor in tensors.items():
+        params[n][...] = tensor.detach().numpy()
+    optimizer = getattr(fs, name)(params, amsgrad=saved == "amsgrad")
+    optimizer.load_state_dict(reference.state_dict())
+    assert [entry["step"] for entry in optimizer.state.values()] == [3, 3, 0]
+    for _ in range(3):
+        grads = gradients()
+        optimizer.step(grads)
+        step_reference(grads)
+    for n, tensor in tensors.items():
+        np.testing.assert_allclose(params[n], tensor.detach().numpy(), rtol=1e-12, atol=1e-14)
+    assert optimizer.state_dict()["param_groups"][0].keys() == {
+        *optimizer.defaults, "params", "param_names",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "other"), [("Adam", "AdamW"), ("AdamW", "Adam")])
+def test_what_pytorch_saved_of_another_decay_is_refused(name, other):
+    reference = getattr(torch.optim, other)([torch.ones(3)])
+    optimizer = getattr(fs, name)([np.ones(3)], weight_decay=0.5)
+    saved = reference.state_dict()
+    with pytest.raises(ValueError, match=f"decoupled_weight_decay: .*which {other} has and {name}"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    del saved["param_groups"][0]["decoupled_weight_decay"]  # as PyTorch saved before 2.7
+    saved["param_groups"][0]["elsewhere"] = 1
+    with pytest.raises(ValueError, match="unknown 'elsewhere'"):
+        optimizer.load_state_dict(saved)
+    del saved["param_groups"][0]["elsewhere"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["weight_decay"] == saved["param_groups"][0]["weight_decay"]

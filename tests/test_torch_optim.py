@@ -88,8 +88,13 @@ def test_pytorchs_own_inputs_for_graphs(name):
     inputs = [kwargs for kwargs in inputs if kwargs.pop("capturable", False)]
     assert len(inputs) >= 5
     for kwargs in inputs:
-        with pytest.raises(ValueError, match="capturable=True: not supported"):
-            getattr(fst, name)([torch.zeros(2)], capturable=True, **kwargs)
+        param = torch.zeros(2)
+        optimizer = getattr(fst, name)([param], capturable=True, **kwargs)
+        param.grad = torch.ones(2)
+        with pytest.raises(ValueError, match=r"params\[0\]\[0\]: in host memory, but capturable"):
+            optimizer.step()
+        assert not optimizer.state
+        assert not param.any()
         # Among them are tensors of several dimensions, which PyTorch takes for its graphs alone.
         (ours, optimizer), (theirs, reference) = pair(name)
         for key, value in kwargs.items():
@@ -625,7 +630,7 @@ def test_ways_to_step(name):
         kind([torch.zeros(2)], **{way: False})
         with pytest.raises(TypeError, match=f"{way}: expected True, False or None, got 2"):
             kind([torch.zeros(2)], **{way: 2})
-        if way == "fused":
+        if way in ("fused", "capturable"):
             continue
         for params in ([torch.zeros(2)], [{"params": [torch.zeros(2)], way: True}]):
             options = {} if isinstance(params[0], dict) else {way: True}

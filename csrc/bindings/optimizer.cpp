@@ -35,6 +35,7 @@ struct Group {
     int64_t latest;                 // the largest step count among its parameters
     py::object state_object;        // keeps `state`
     GroupState<Hyper>* state;       // on the GPU; null: steps are counted here
+    float* counts = nullptr;        // there, of PyTorch's: the step count once more for each parameter
 };
 
 // Of fewer arrays, checking takes no longer than sharing it.
@@ -138,14 +139,8 @@ public:
         Preparation prepared = begin();
         if (options.skip_nonfinite) check_skipping();
         hold_dicts(param_groups, prepared);
-        for (size_t g = 0; g < prepared.groups.size(); ++g) {
-            PreparedGroup& group = prepared.groups[g];
-            if (groups_[g].state != nullptr) {
-                group.source.step = 0;
-                group.source.lr_on_gpu = is_lr_on_gpu(group.dict);
-            }
-            group.hyper = read_group(group.dict, groups_[g], options.grad_scale, group.source);
-        }
+        for (size_t g = 0; g < prepared.groups.size(); ++g)
+            read_group(prepared.groups[g], groups_[g], options.grad_scale);
         for (PreparedGroup& group : prepared.groups) {
             PyObject* const params = PyDict_GetItemWithError(group.dict.ptr(), keys().params.ptr());
             if (params == nullptr && PyErr_Occurred()) throw py::error_already_set();
@@ -162,7 +157,10 @@ public:
             if (prepared.gradients.size() != parameters_.size()) {
                 throw py::value_error("param_groups: a group was added while a step was being prepared");
             }
-            outcome = run(prepared, options);
+            for (const Group<Hyper>& group : groups_) {
+                if (group.state != nullptr) check_all_have_gradients(group, prepared);
+            }
+            outcome = run(prepared, options, {});
         }
         end(prepared);
         return outcome;
@@ -170,23 +168,27 @@ public:
 
     // Steps that find their gradients themselves, of tensors of PyTorch whose memory the parameters share.
     //
-    // For each of PyTorch's groups: the number of the group here that has its parameters, or -1, and pairs of a
-    // tensor and the number of its parameter, or -1 where no gradient is expected. `state` is the items of the
-    // state as PyTorch has it, `counts` the step count of each parameter in PyTorch's memory, or None. `as_array`
-    // makes an array of a tensor.
+    // For each of PyTorch's groups: how many of the groups here have its parameters, and pairs of a tensor and the
+    // number of its parameter, or -1 where no gradient is expected. `state` is the items of the state as PyTorch has
+    // it, `counts` the step count of each parameter in PyTorch's memory, or None; where a group's steps are counted on
+    // the GPU, `group_counts` has a vector there for those of its parameters, or None. `as_array` makes an array of a
+    // tensor.
     void watch_tensors(const py::list& groups, const py::list& state, const py::list& counts,
-                       const py::object& as_array) {
+                       const py::list& group_counts, const py::object& as_array) {
         const std::lock_guard<Optimizer> lock(*this);
+        std::vector<py::object> watched_tensors(parameters_.size());
         for (const py::handle group : groups) {
             WatchedGroup& watched = watched_groups_.emplace_back();
             const auto pair = py::reinterpret_borrow<py::tuple>(group);
-            watched.group = pair[0].cast<int64_t>();
+            watched.groups = pair[0].cast<int64_t>();
             for (const py::handle item : pair[1]) {
                 const auto tensor = py::reinterpret_borrow<py::tuple>(item);
                 watched.tensors.push_back({tensor[0], tensor[1].cast<int64_t>()});
-                if (watched.tensors.back().parameter >= 0) watched_tensors_.append(tensor[0]);
+                if (watched.tensors.back().parameter >= 0)
+                    watched_tensors[watched.tensors.back().parameter] = tensor[0];
             }
         }
+        for (const py::object& tensor : watched_tensors) watched_tensors_.append(tensor);
         for (const py::handle item : state) watched_state_.emplace_back(py::reinterpret_borrow<py::tuple>(item));
         for (const py::handle count : counts) {
             const bool counted = !count.is_none();
@@ -194,18 +196,33 @@ public:
                 {py::reinterpret_borrow<py::object>(count),
                  counted ? reinterpret_cast<float*>(py::detail::array_proxy(count.ptr())->data) : nullptr});
         }
+        call_.clear();
+        for (size_t g = 0; g < groups_.size(); ++g) {
+            const py::object own = group_counts[g];
+            if (!own.is_none())
+                groups_[g].counts = reinterpret_cast<float*>(view_array(own, {"counts"}, call_.gpu_arrays).data);
+        }
+        group_counts_ = group_counts;
         as_array_ = as_array;
     }
 
     // Returns the tensors that were stepped; None, and nothing changed, where tensors or state are not those that are
-    // watched.
-    py::object step_tensors(py::handle param_groups, py::handle state, py::handle grad_scale) {
+    // watched, or some parameters have a gradient and others none whose steps a GPU counts together.
+    //
+    // `loss_scaling` is None, or, for steps that are counted on a GPU, what a loss scaler has left there: the scale of
+    // the gradients and whether one of them is not finite, each an array of one float32 or None.
+    py::object step_tensors(py::handle param_groups, py::handle state, py::handle grad_scale, py::handle loss_scaling) {
         const double scale = read_number(grad_scale, "grad_scale", {});
+        ScalingArrays scaling;
+        if (!loss_scaling.is_none()) {
+            const auto arrays = py::reinterpret_borrow<py::tuple>(loss_scaling);
+            scaling = {arrays[0], arrays[1]};
+        }
         Preparation prepared = begin();
         bool as_watched = hold_watched_dicts(param_groups, prepared);
         for (size_t g = 0; as_watched && g < groups_.size(); ++g) {
             PreparedGroup& group = prepared.groups[g];
-            group.hyper = read_group(group.dict, groups_[g], scale, group.source);
+            read_group(group, groups_[g], scale);
             if constexpr (std::is_same_v<Hyper, GdHyper>) {
                 const bool has_momentum = parameters_[groups_[g].first].rule == rule_index<GdMomentum>;
                 as_watched = (group.hyper.momentum != 0) == has_momentum;
@@ -213,8 +230,9 @@ public:
         }
         if (as_watched) {
             const std::lock_guard<Optimizer> lock(*this);
-            as_watched = is_state_as_watched(state) && gather_tensors(param_groups, prepared);
-            if (as_watched) run(prepared, {});
+            as_watched =
+                is_state_as_watched(state) && gather_tensors(param_groups, prepared) && are_stepped_together(prepared);
+            if (as_watched) run(prepared, {}, scaling);
         }
         const py::object stepped = as_watched ? stepped_tensors(prepared) : py::object(py::none());
         end(prepared);
@@ -325,7 +343,7 @@ private:
     };
 
     struct WatchedGroup {
-        int64_t group;
+        int64_t groups;  // of those here, one after the other
         std::vector<WatchedTensor> tensors;
     };
 
@@ -391,9 +409,23 @@ private:
         for (size_t g = 0; g < watched_groups_.size(); ++g) {
             const py::object dict = item_of(param_groups, g);
             if (!PyDict_Check(dict.ptr())) return false;
-            if (watched_groups_[g].group >= 0) prepared.groups[held++].dict = dict;
+            for (int64_t k = 0; k < watched_groups_[g].groups; ++k) prepared.groups[held++].dict = dict;
         }
         return true;
+    }
+
+    // Whether no group that is counted on the GPU has gradients for some of its parameters alone.
+    bool are_stepped_together(const Preparation& prepared) const {
+        return std::all_of(groups_.begin(), groups_.end(), [&](const Group<Hyper>& group) {
+            if (group.state == nullptr) return true;
+            const int64_t given = gradients_of(group, prepared);
+            return given == 0 || given == group.count;
+        });
+    }
+
+    static int64_t gradients_of(const Group<Hyper>& group, const Preparation& prepared) {
+        const auto first = prepared.gradients.begin() + group.first;
+        return std::count_if(first, first + group.count, [](const py::object& g) { return !g.is_none(); });
     }
 
     bool gather_tensors(py::handle param_groups, Preparation& prepared) {
@@ -572,7 +604,12 @@ private:
         }
     }
 
-    StepOutcome run(const Preparation& prepared, const GradientOptions& options) {
+    // What a loss scaler has left on the GPU: arrays or None, or null.
+    struct ScalingArrays {
+        py::object scale, found_inf;
+    };
+
+    StepOutcome run(const Preparation& prepared, GradientOptions options, const ScalingArrays& scaling) {
         call_.clear();
         for (size_t g = 0; g < prepared.groups.size(); ++g) {
             call_.next_hyper();
@@ -588,12 +625,11 @@ private:
                         add_gradient(i, prepared.gradients[i], prepared.groups[g].hyper, group);
                     }
                     if (options.needs_norm()) call_.order.push_back({watches_[i].rule, watches_[i].dtype});
-                } else if (group.state != nullptr) {
-                    throw_no_gradient(parameters_[i]);
                 }
             }
-            if (group.state != nullptr) add_group_on_gpu(group, prepared, g);
+            if (group.state != nullptr && gradients_of(group, prepared) > 0) add_group_on_gpu(group, prepared, g);
         }
+        add_loss_scaling(scaling, options);
         if (options.zero_grad) check_zeroed_gradients(prepared.gradients);
         const StepOutcome outcome = call_.run(options);
         if (outcome.skipped) return outcome;
@@ -645,7 +681,9 @@ private:
     }
 
     void add_group_on_gpu(const Group<Hyper>& group, const Preparation& prepared, size_t g) {
-        GroupOnGpu<Hyper> on_gpu{group.state, nullptr, DType::float64, prepared.groups[g].hyper, seed_, nullptr, false};
+        GroupOnGpu<Hyper> on_gpu{group.state, nullptr, DType::float64, prepared.groups[g].hyper, seed_, nullptr};
+        on_gpu.counts = group.counts;
+        on_gpu.parameters = group.count;
         if (prepared.groups[g].source.lr_on_gpu) {
             const std::string& prefix = prepared.groups[g].source.prefix;
             const py::object lr = prepared.groups[g].dict[keys().lr];
@@ -663,10 +701,34 @@ private:
         call_.template groups<Hyper>().push_back(on_gpu);
     }
 
-    [[noreturn]] static void throw_no_gradient(const Parameter& parameter) {
-        throw py::value_error(ArrayName{"grads", -1, &parameter.suffix}.text() +
-                              ": None, but capturable=True counts the steps of a whole group on the GPU, so each of "
-                              "its parameters needs a gradient");
+    // The first group to begin its step finds out what follows from it, for all of them.
+    void add_loss_scaling(const ScalingArrays& scaling, GradientOptions& options) {
+        auto& groups = call_.template groups<Hyper>();
+        if (groups.empty()) return;
+        LossScaling& own = groups.front().loss_scaling;
+        own.scale = scaling_memory(scaling.scale, "grad_scale");
+        own.found_inf = scaling_memory(scaling.found_inf, "found_inf");
+        if (own.any()) options.norm_outcome = &groups.front().state->outcome;
+    }
+
+    const float* scaling_memory(const py::object& array, const char* role) {
+        if (!array || array.is_none()) return nullptr;
+        const ArrayName name{role};
+        const ArrayView view = view_array(array, name, call_.gpu_arrays);
+        call_.placement.check(view, name);
+        if (!view.known_dtype || view.dtype != DType::float32 || view.size() != 1)
+            throw py::value_error(name.text() + ": " + view.dtype_text() + " of shape " + view.shape_text() +
+                                  "; expected one float32");
+        return reinterpret_cast<const float*>(view.data);
+    }
+
+    void check_all_have_gradients(const Group<Hyper>& group, const Preparation& prepared) const {
+        for (int64_t i = group.first; i < group.first + group.count; ++i) {
+            if (prepared.gradients[i].is_none())
+                throw py::value_error(ArrayName{"grads", -1, &parameters_[i].suffix}.text() +
+                                      ": None, but capturable=True counts the steps of a whole group on the GPU, so "
+                                      "each of its parameters needs a gradient");
+        }
     }
 
     static void hold_dicts(py::handle param_groups, Preparation& prepared) {
@@ -686,11 +748,15 @@ private:
         }
     }
 
-    Hyper read_group(py::handle dict, const Group<Hyper>& group, double scale, const HyperSource& source) const {
-        Hyper hyper = Family<Hyper>::read(dict, parameters_[group.first].rule, source, decoupled_);
-        hyper.grad_scale = scale;
-        check_hyper(hyper, source);
-        return hyper;
+    void read_group(PreparedGroup& prepared, const Group<Hyper>& group, double scale) const {
+        HyperSource& source = prepared.source;
+        if (group.state != nullptr) {
+            source.step = 0;
+            source.lr_on_gpu = is_lr_on_gpu(prepared.dict);
+        }
+        prepared.hyper = Family<Hyper>::read(prepared.dict, parameters_[group.first].rule, source, decoupled_);
+        prepared.hyper.grad_scale = scale;
+        check_hyper(prepared.hyper, source);
     }
 
     void gather(py::handle grads, bool nested, Preparation& prepared) const {
@@ -818,6 +884,7 @@ private:
     uint64_t state_version_ = 0;  // when it was compared
     py::list watched_tensors_;    // of each parameter
     std::vector<Count> counts_;
+    py::list group_counts_;  // which keeps them
     py::object as_array_;
     TorchReader tensor_reader_;
 

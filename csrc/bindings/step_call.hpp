@@ -31,7 +31,8 @@ struct GradientOptions {
     bool skip_nonfinite = false;
     bool zero_grad = false;
 
-    // Of arrays on a GPU: where in its memory the norm is computed, and where to.
+    // Of arrays on a GPU: where in its memory the norm is computed, and where to. There is an outcome as well where a
+    // loss scaler has decided.
     double* norm_workspace = nullptr;
     NormOutcome* norm_outcome = nullptr;
 
@@ -178,8 +179,8 @@ private:
         void* const stream = gpu_arrays.stream();
         // All of them before the first launch: if one cannot be loaded, for want of memory say, nothing has been done.
         for_each_job([&](const Job& job) { gpu.load(job.rule, job.dtype, job.any_stored, device); });
-        const NormOutcome* const norm = options.needs_norm() ? options.norm_outcome : nullptr;
-        if (norm != nullptr) {
+        const NormOutcome* const norm = options.norm_outcome;
+        if (norm != nullptr && options.needs_norm()) {
             gpu.load_norm(device);
             gradients_.clear();
             for_each_gradient([&](const Tensor& tensor, DType dtype) { gradients_.push_back({&tensor, dtype}); });

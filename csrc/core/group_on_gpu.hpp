@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "../rules/hyper.hpp"
-#include "clipping.hpp"
 #include "dtype.hpp"
+#include "loss_scaling.hpp"
 
 namespace fusedstep {
 
@@ -27,7 +27,8 @@ struct GroupState {
     int64_t step;
     typename ScalarsOf<Hyper, float>::Type float32;
     typename ScalarsOf<Hyper, double>::Type float64;
-    uint64_t random;  // the stream of the step's random bits
+    uint64_t random;      // the stream of the step's random bits
+    NormOutcome outcome;  // of the loss scaling
 };
 
 // What one step needs to know of a group.
@@ -40,6 +41,12 @@ struct GroupOnGpu {
     uint64_t seed;
     const NormOutcome* norm;  // in the GPU's memory: whether there is a step; null: there is
     bool taken_back = false;  // the step that was begun last is not taken after all
+
+    // In the GPU's memory: the step's number once more for each parameter, where PyTorch looks for it.
+    float* counts = nullptr;
+    int64_t parameters = 0;
+
+    LossScaling loss_scaling{};  // whose outcome goes into the state
 };
 
 }  // namespace fusedstep

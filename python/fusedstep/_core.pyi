@@ -79,11 +79,17 @@ class _Optimizer:
         groups: list[tuple[int, list[tuple[Any, int]]]],
         state: list[tuple[Any, dict[str, Any]]],
         counts: list[NDArray[np.float32] | None],
+        group_counts: list[Any | None],
         as_array: Callable[[Any], Any],
         /,
     ) -> None: ...
     def step_tensors(
-        self, param_groups: object, state: object, grad_scale: object, /
+        self,
+        param_groups: object,
+        state: object,
+        grad_scale: object,
+        loss_scaling: tuple[Any | None, Any | None] | None,
+        /,
     ) -> list[Any] | None: ...
 
 @final

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 
 _PLAIN = StepInfo(None, False)
+# What PyTorch's groups have beside hyper-parameters: how to run steps, and what is its schedulers'.
+_PYTORCHS_OWN = {"foreach", "capturable", "differentiable", "fused", "initial_lr"}
+_PYTORCHS_OWN |= {"max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 
 
 class Optimizer:
@@ -328,7 +331,7 @@ class Optimizer:
         Parameters
         ----------
         state_dict : dict
-            As `state_dict` returns it.
+            As `state_dict` returns it, or `torch.optim.Adam` or `AdamW` of the same decay.
 
         Raises
         ------
@@ -401,6 +404,8 @@ class Optimizer:
     def _checked_hyper(
         self, own: Mapping[str, Any], saved: Mapping[str, Any], number: int, where: str
     ) -> dict[str, Any]:
+        if "foreach" in saved:
+            saved = self._from_pytorch(saved, where)
         unknown = saved.keys() - self.defaults.keys() - {"params", "param_names"}
         missing = self.defaults.keys() - saved.keys()
         if unknown or missing:
@@ -420,6 +425,10 @@ class Optimizer:
             )
         self._native.check_group(merged, number, len(keys), self.capturable)
         return hyper
+
+    def _from_pytorch(self, saved: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return the hyper-parameters of a group that PyTorch saved."""
+        return {key: value for key, value in saved.items() if key not in _PYTORCHS_OWN}
 
     def _checked_entry(
         self, entry: Mapping[str, Any], param: Array, own: Mapping[str, Any], where: str
@@ -716,6 +725,8 @@ class Adam(Optimizer):
     StepInfo(grad_norm=1.224744871391589, skipped=False)
     """
 
+    _decoupled = False
+
     def __init__(
         self,
         params: Params,
@@ -753,7 +764,18 @@ class Adam(Optimizer):
         return (*keys, "max_exp_avg_sq") if group["amsgrad"] else keys
 
     def _make_native(self) -> Any:
-        return _core.AdamOptimizer(decoupled=False, seed=self._storage.seed)
+        return _core.AdamOptimizer(decoupled=self._decoupled, seed=self._storage.seed)
+
+    def _from_pytorch(self, saved: Mapping[str, Any], where: str) -> dict[str, Any]:
+        group = {"bias_correction": True, **super()._from_pytorch(saved, where)}
+        # Not in what was saved before PyTorch 2.7.
+        decoupled = group.pop("decoupled_weight_decay", self._decoupled)
+        if decoupled != self._decoupled:
+            raise ValueError(
+                f"{where}: decoupled_weight_decay: {decoupled}, which "
+                f"{'AdamW' if decoupled else 'Adam'} has and {type(self).__name__} has not"
+            )
+        return group
 
 
 class AdamW(Adam):
@@ -766,6 +788,8 @@ class AdamW(Adam):
     ----------
     Loshchilov, Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2.
     """
+
+    _decoupled = True
 
     def __init__(
         self,
@@ -797,9 +821,6 @@ class AdamW(Adam):
             master_weights=master_weights,
             seed=seed,
         )
-
-    def _make_native(self) -> Any:
-        return _core.AdamOptimizer(decoupled=True, seed=self._storage.seed)
 
 
 def _are_groups(params: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import _core, gpu, narrow
 from .optim import _checked_step, _warn_of_rounding
+from .step_count import StepCount
 
 __all__ = ["GD", "SGD", "Adam", "AdamW"]
 
@@ -27,6 +29,20 @@ _ADDED = {"amsgrad": False, "maximize": False, "nesterov": False}
 _WAYS = ("foreach", "capturable", "differentiable", "fused")
 # Where every empty array lies, which otherwise is somewhere else each time one is made.
 _NO_MEMORY = np.empty(0)
+
+
+@dataclass
+class _Bound:
+    """What the native optimizer is to know of a parameter."""
+
+    param: torch.Tensor
+    suffix: str
+    array: Any
+    count: StepCount | None  # what has counted its steps on a GPU so far
+    entry: dict[str, Any]
+    state: list[Any]
+    extras: list[Any]
+    step: int  # unless there is a count
 
 
 class _Optimizer(torch.optim.Optimizer):
@@ -42,6 +58,11 @@ class _Optimizer(torch.optim.Optimizer):
     # Of what is bound: DTensors with their names, and whether one was made in inference mode.
     _distributed: list[tuple[torch.Tensor, str]]
     _inference = False
+    # What counts a parameter's steps on a GPU; and all there ever were, which a graph may hold.
+    _counts: dict[torch.Tensor, StepCount]
+    _all_counts: list[StepCount]
+    # Whether a graph would repeat a step with the number that it was captured with.
+    _repeats_in_graphs = False
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], storage: narrow.Storage, ways: dict[str, Any]
@@ -49,7 +70,8 @@ class _Optimizer(torch.optim.Optimizer):
         for name, value in ways.items():
             _check_way(name, value)
         self._storage = storage
-        self._distributed = []
+        self._all_counts = []
+        self._unbind()
         super().__init__(params, {**defaults, **ways})
 
     @property
@@ -65,6 +87,18 @@ class _Optimizer(torch.optim.Optimizer):
 
     def _counts_steps(self) -> bool:
         raise NotImplementedError
+
+    def _counts_on_gpu(self) -> bool:
+        """Whether steps are counted in the GPU's memory; PyTorch does so in the same cases."""
+        groups = self.param_groups
+        return any(group.get("capturable") or group["fused"] for group in groups) and any(
+            param.is_cuda for group in groups for param in group["params"]
+        )
+
+    def _unbind(self) -> None:
+        self._native = None
+        self._distributed = []
+        self._counts = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as `torch.optim.Optimizer.add_param_group`.
@@ -82,7 +116,7 @@ class _Optimizer(torch.optim.Optimizer):
                 if name in group:
                     _check_way(name, group[name])
             keys = self._state_keys(group)
-            self._make_native().check_group(group, number, len(keys), False)
+            self._make_native().check_group(group, number, len(keys), self._counts_on_gpu())
             self._storage.check(keys)
             suffixes, arrays = [], []
             for param, suffix in zip(group["params"], _suffixes(group, number), strict=True):
@@ -144,14 +178,18 @@ class _Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale = 1.0
+        scale, scaling = 1.0, None
         # Both are set by a GradScaler for the time of a step.
-        if (found_inf := getattr(self, "found_inf", None)) is not None and found_inf.item():
-            return loss
-        if (grad_scale := getattr(self, "grad_scale", None)) is not None:
-            scale = 1.0 / float(grad_scale)
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None or grad_scale is not None:
+            if self._counts_on_gpu():
+                scaling = self._on_gpu(grad_scale), self._on_gpu(found_inf)
+            elif found_inf is not None and found_inf.item():
+                return loss
+            elif grad_scale is not None:
+                scale = 1.0 / float(grad_scale)
         # Autograd must know: it refuses a backward pass through values that have changed since.
-        stepped = self._step_native(scale)
+        stepped = self._step_native(scale, scaling)
         torch._C._increment_version(stepped)
         if self._distributed:
             torch._C._increment_version([_local(param) for param in stepped])
@@ -159,22 +197,33 @@ class _Optimizer(torch.optim.Optimizer):
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
-    def _step_native(self, scale: float) -> list[torch.Tensor]:
+    def _on_gpu(self, number: Any) -> torch.Tensor | None:
+        """Return a number of a GradScaler's on the parameters' GPU, without waiting for it."""
+        if number is None:
+            return None
+        device = next(p.device for group in self.param_groups for p in group["params"])
+        return torch.as_tensor(number, dtype=torch.float32).to(device, non_blocking=True)
+
+    def _step_native(self, scale: float, scaling: Any) -> list[torch.Tensor]:
         """Return the tensors that were stepped."""
         for param, suffix in self._distributed:
             _place_gradient(param, suffix)
         if self._native is not None and not (
             self._inference and not torch.is_inference_mode_enabled()
         ):
+            if self._repeats_in_graphs:
+                self._check_graph()
             try:
-                stepped = self._native.step_tensors(self.param_groups, self.state, scale)
+                stepped = self._native.step_tensors(self.param_groups, self.state, scale, scaling)
                 if stepped is not None:
                     return stepped  # type: ignore[no-any-return]
             except Exception:
                 pass
         made = self._bind()
         try:
-            stepped = self._native.step_tensors(self.param_groups, self.state, scale)
+            if self._repeats_in_graphs:
+                self._check_graph()
+            stepped = self._native.step_tensors(self.param_groups, self.state, scale, scaling)
             if stepped is None:
                 raise RuntimeError("parameters or state changed while a step was prepared")
             return stepped  # type: ignore[no-any-return]
@@ -184,76 +233,132 @@ class _Optimizer(torch.optim.Optimizer):
                 del self.state[param]
             raise
 
+    def _check_graph(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph would repeat this step with its number; make the optimizer with "
+                "capturable=True"
+            )
+
     def _bind(self) -> list[torch.Tensor]:
         """Make the native optimizer for the tensors as they are; return those given new state."""
         native = self._make_native()
-        entries: dict[torch.Tensor, dict[str, Any]] = {}
-        groups, counts = [], []
-        steps: list[int] = []
-        made = []
-        distributed = []
-        inference = False
-        bound_groups = 0
+        on_gpu = self._counts_on_gpu()
+        bound: list[_Bound] = []
+        counts: dict[torch.Tensor, StepCount] = {}
+        groups, group_counts = [], []
         for number, group in enumerate(self.param_groups):
             keys = self._state_keys(group)
-            native.check_group(group, number, len(keys), False)
-            suffixes = _suffixes(group, number)
-            tensors: list[tuple[torch.Tensor, int]] = []
-            arrays, states, extras, used = [], [], [], []
-            for param, suffix in zip(group["params"], suffixes, strict=True):
+            native.check_group(group, number, len(keys), on_gpu)
+            members = []
+            for param, suffix in zip(group["params"], _suffixes(group, number), strict=True):
+                if group.get("capturable") and not param.is_cuda:
+                    raise ValueError(
+                        f"params{suffix}: in host memory, but capturable=True counts steps on a GPU"
+                    )
                 before = {k: v for k, v in self.state.get(param, {}).items() if v is not None}
-                if param.grad is None and not before and (keys or not param.requires_grad):
-                    tensors.append((param, -1))
-                    continue
-                array = self._checked_parameter(param, keys, suffix)
-                if param.is_inference():
-                    inference = True
-                    if not torch.is_inference_mode_enabled():
-                        raise RuntimeError(
-                            f"params{suffix}: made in inference mode, and only there can a step "
-                            "change it; step a clone of it"
-                        )
-                if _is_distributed(param):
-                    distributed.append((param, suffix))
-                    _place_gradient(param, suffix)
-                if param.grad is not None:
-                    _checked_array(param.grad, f"grads{suffix}", writes=False)
-                with torch.inference_mode(False):
-                    entry, state, extra, step = self._entry(before, param, array, keys, suffix)
-                if entry:
-                    entries[param] = entry
-                    if not before:
-                        made.append(param)
-                tensors.append((param, len(steps)))
-                arrays.append(array)
-                states.append(state)
-                extras.append(extra)
-                used.append(suffix)
-                steps.append(step)
-                counts.append(_array(entry["step"]) if "step" in entry else None)
-            if arrays:
+                if param.grad is not None or before or (not keys and param.requires_grad):
+                    members.append(self._bound(param, suffix, before, keys, on_gpu))
+            parts = _stepped_together(members) if on_gpu else [members] if members else []
+            for part in parts:
+                params = [member.param for member in part]
+                count = None
+                if on_gpu:
+                    with torch.inference_mode(False):
+                        count = self._count_for(part, native)
+                    counts |= dict.fromkeys(params, count)
                 native.add_group(
                     "list",
-                    arrays,
-                    [None] * len(arrays),
-                    [list(of_key) for of_key in zip(*states, strict=True)],
-                    used,
-                    None,
-                    [list(of_stream) for of_stream in zip(*extras, strict=True)],
+                    [member.array for member in part],
+                    [None] * len(part),
+                    [list(of_key) for of_key in zip(*(m.state for m in part), strict=True)],
+                    [member.suffix for member in part],
+                    None if count is None else count.group_state,
+                    [list(of_stream) for of_stream in zip(*(m.extras for m in part), strict=True)],
                     self._storage.master_weights == "stochastic",
                 )
-            groups.append((bound_groups if arrays else -1, tensors))
-            bound_groups += bool(arrays)
-        native.steps = steps
-        for param, entry in entries.items():
-            own = self.state[param]
-            own.clear()
-            own.update(entry)
-        native.watch_tensors(groups, list(self.state.items()), counts, _array)
+                group_counts.append(count.vector if count and self._counts_steps() else None)
+                bound += part
+            groups.append(len(parts))
+        native.steps = [member.step for member in bound]
+        made = []
+        for member in bound:
+            if member.entry:
+                own = self.state[member.param]
+                if not own:
+                    made.append(member.param)
+                own.clear()
+                own.update(member.entry)
+        numbers = {id(member.param): i for i, member in enumerate(bound)}
+        native.watch_tensors(
+            [
+                (parts, [(param, numbers.get(id(param), -1)) for param in group["params"]])
+                for parts, group in zip(groups, self.param_groups, strict=True)
+            ],
+            list(self.state.items()),
+            [
+                _array(member.entry["step"]) if "step" in member.entry and not on_gpu else None
+                for member in bound
+            ],
+            group_counts,
+            _array,
+        )
         self._native = native
-        self._distributed = distributed
-        self._inference = inference
+        self._counts = counts
+        self._distributed = [(m.param, m.suffix) for m in bound if _is_distributed(m.param)]
+        self._inference = any(member.param.is_inference() for member in bound)
+        self._repeats_in_graphs = (
+            self._counts_steps() and not on_gpu and any(member.param.is_cuda for member in bound)
+        )
         return made
+
+    def _bound(
+        self,
+        param: torch.Tensor,
+        suffix: str,
+        before: dict[str, Any],
+        keys: tuple[str, ...],
+        on_gpu: bool,
+    ) -> _Bound:
+        """Return what the native optimizer is to know of a parameter, checked."""
+        array = self._checked_parameter(param, keys, suffix)
+        if param.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"params{suffix}: made in inference mode, and only there can a step change it; "
+                "step a clone of it"
+            )
+        if _is_distributed(param):
+            _place_gradient(param, suffix)
+        if param.grad is not None:
+            _checked_array(param.grad, f"grads{suffix}", writes=False)
+        count = self._count_of(param, before, keys) if on_gpu else None
+        with torch.inference_mode(False):
+            entry, state, extras, step = self._entry(
+                before, param, array, keys, suffix, count is not None
+            )
+        return _Bound(param, suffix, array, count, entry, state, extras, step)
+
+    def _count_of(
+        self, param: torch.Tensor, before: Mapping[str, Any], keys: tuple[str, ...]
+    ) -> StepCount | None:
+        """Return what has counted a parameter's steps, if its state is still of that count."""
+        count = self._counts.get(param)
+        if count is None or before.get("step") is not count.step_of(param):
+            return None
+        return count if before or not keys else None
+
+    def _count_for(self, part: list[_Bound], native: Any) -> StepCount:
+        """Return what is to count the steps of parameters, in whose state its numbers are put."""
+        params, count = [member.param for member in part], part[0].count
+        if count is None or not count.is_of(params):
+            words = -(-native.group_state_bytes // 8)
+            start = part[0].step if count is None else count
+            count = StepCount(params, words, start, self._counts_steps())
+            self._all_counts.append(count)
+        for member in part:
+            if "step" in member.entry:
+                member.entry["step"] = count.step_of(member.param)
+        return count
 
     def _entry(
         self,
@@ -262,12 +367,17 @@ class _Optimizer(torch.optim.Optimizer):
         array: Any,
         keys: tuple[str, ...],
         suffix: str,
+        counted: bool,
     ) -> tuple[dict[str, Any], list[Any], list[Any], int]:
-        """Return a parameter's entry in the state, its arrays, what lies beside each, its step."""
+        """Return a parameter's entry in the state, its arrays, what lies beside each, its step.
+
+        A step that a GPU counts is not asked for.
+        """
         where = f"state{suffix}"
         step = 0
         if before:
-            step = _checked_step(before.get("step", min(1, len(keys))), where)
+            if not counted:
+                step = _checked_step(before.get("step", min(1, len(keys))), where)
             for key in keys:
                 if key not in before:
                     raise ValueError(f"{where}: no {key!r}")
@@ -338,9 +448,10 @@ class _Optimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "_storage": self._storage}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups", ())  # where state is being loaded
         super().__setstate__(state)
-        self._native = None
-        self._distributed = []
+        self.__dict__.setdefault("_all_counts", [])
+        self._unbind()
         if self._loading is not None:
             saved = chain.from_iterable(g["params"] for g in self._loading["param_groups"])
             params = chain.from_iterable(g["params"] for g in self.param_groups)
@@ -352,9 +463,11 @@ class _Optimizer(torch.optim.Optimizer):
             for key, value in {**self.defaults, **_ADDED}.items():
                 if key in self.defaults:
                     group.setdefault(key, value)
+        for group, own in zip(self.param_groups, before, strict=False):
             for name in _WAYS:
-                if name in self.defaults:
-                    group[name] = self.defaults[name]
+                group.pop(name, None)
+                if name in own:
+                    group[name] = own[name]
 
 
 class SGD(_Optimizer):
@@ -369,9 +482,8 @@ class SGD(_Optimizer):
         As PyTorch's. `lr` may be a tensor of one element.
     foreach, differentiable : bool, optional
         True is refused: there is one way to take a step.
-    fused : bool, optional
-        Steps are fused in any case. True also leaves a `GradScaler`'s scaling to the step, as it
-        does in PyTorch.
+    fused, capturable : bool, optional
+        As those of `Adam`.
     state_dtype, master_weights, seed
         As those of `fusedstep.GD`.
 
@@ -395,10 +507,13 @@ class SGD(_Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
         state_dtype: str | Mapping[str, str | None] | None = None,
         master_weights: str | None = None,
         seed: int = 0,
     ) -> None:
+        # PyTorch's groups know nothing of it here.
+        capturing = {} if capturable is False else {"capturable": capturable}
         super().__init__(
             params,
             {
@@ -410,7 +525,7 @@ class SGD(_Optimizer):
                 "maximize": maximize,
             },
             narrow.Storage(state_dtype, master_weights, seed),
-            {"foreach": foreach, "differentiable": differentiable, "fused": fused},
+            {"foreach": foreach, "differentiable": differentiable, "fused": fused, **capturing},
         )
 
     def _state_keys(self, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -437,11 +552,15 @@ class Adam(_Optimizer):
         bfloat16 or float16, dense, in host memory or on a CUDA GPU.
     lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
         As PyTorch's. `lr` and `betas` may be tensors of one element.
-    foreach, capturable, differentiable : bool, optional
+    foreach, differentiable : bool, optional
         True is refused: there is one way to take a step.
     fused : bool, optional
         Steps are fused in any case. True also leaves a `GradScaler`'s scaling to the step, as it
-        does in PyTorch.
+        does in PyTorch, and on a GPU counts steps as `capturable` does.
+    capturable : bool
+        On a GPU, count steps in its memory, so that a step which was captured in a CUDA graph is a
+        new step each time the graph is replayed. `lr` may be a tensor of one float32 or float64
+        there, which is read when a step runs and is not checked.
     state_dtype, master_weights, seed
         As those of `fusedstep.Adam`.
 
@@ -546,11 +665,20 @@ class AdamW(Adam):
 
 
 def _check_way(name: str, value: Any) -> None:
-    if value is None or value is False or (name == "fused" and value is True):
+    if value is None or value is False or (name in ("fused", "capturable") and value is True):
         return
     if value is True:
         raise ValueError(f"{name}=True: not supported; leave it out, a step is one fused pass")
     raise TypeError(f"{name}: expected True, False or None, got {value!r}")
+
+
+def _stepped_together(members: Iterable[_Bound]) -> list[list[_Bound]]:
+    """Return a group in parts of equal step counts, in each of which all or none take this step."""
+    parts: dict[tuple[Any, bool], list[_Bound]] = {}
+    for member in members:
+        key = (member.step if member.count is None else member.count, member.param.grad is None)
+        parts.setdefault(key, []).append(member)
+    return list(parts.values())
 
 
 def _suffixes(group: Mapping[str, Any], number: int) -> list[str]:
