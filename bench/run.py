@@ -47,6 +47,7 @@ SMALL_LATENCY = 1.5e-6  # seconds, of the function at 128 elements
 DENORMAL_RATIO = 1.1
 CLIP_RATIO = 1.2  # clipping and step, of the plain step, beyond the caches
 ZERO_SPEEDUP = 1.1  # a step that zeros its gradients, against a step and a fill
+ROOFED = 1_000_000  # elements from which the roofline is measured
 LARGE = 16_000_000  # elements: beyond the caches, and too much memory for a copy per contender
 QUIET = 0.1  # processors that others may use before a figure counts as disturbed
 
@@ -192,8 +193,8 @@ def run_case(
                 contenders[peer.name] = step
             else:
                 say(f"{workload.name}: {peer.name} does not update its parameters, not timed")
-    # It is a limit where the arrays are larger than the caches.
-    roof = roofline(workload) if large else None
+    # It is a limit where the arrays are larger than the caches of one core.
+    roof = roofline(workload) if workload.elements >= ROOFED else None
     if roof is not None:
         contenders[ROOF] = roof
     others = machine.Others()
