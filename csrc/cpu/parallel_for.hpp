@@ -28,7 +28,8 @@ void parallel_for(int64_t elements, int64_t bytes, const Body& body) {
         return;
     }
     const int64_t chunk = std::clamp(elements / (threads * 8), least_chunk, most_chunk);
-    const int64_t chunks = (elements + chunk - 1) / chunk;
+    // As many for each thread, or one would wait for another's last.
+    const int64_t chunks = (elements + chunk * threads - 1) / (chunk * threads) * threads;
     const bool worth_waking = bytes >= least_waking_bytes;
     ThreadPool::instance().run(threads, chunks, worth_waking,
                                [&](int64_t i) { body(elements * i / chunks, elements * (i + 1) / chunks); });
