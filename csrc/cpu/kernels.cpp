@@ -84,12 +84,12 @@ constexpr StepKernel around_denormals() {
     if constexpr (F32::lanes == 1)
         return step_loop<Rule, F32>;
     else
-        return step_loop_around_denormals<Rule, F32::OwnRoot>;
+        return step_loop_around_denormals<Rule, F32>;
 }
 
 template <class... All>
 constexpr KernelTable table_of(RuleList<All...>) {
-    const KernelTable table{{{step_loop<All, F32::OwnRoot>, step_loop<All, F64>}...},
+    const KernelTable table{{{step_loop<All, F32>, step_loop<All, F64>}...},
                             {around_denormals<All>()...},
                             {},
                             fused_steps,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../rules/gd.hpp"
 #include "fetch_ahead.hpp"
@@ -65,14 +66,25 @@ template <class Rule, class V>
             step_vector<Rule, V>(data, 0, s, First{head});
             at = head;
         }
-        constexpr int line = cache_line / sizeof(T);
-        for (; at + line <= count; at += line) {
+        // Three roots beside the divider, which finds the fourth meanwhile.
+        using OwnRoot = typename V::OwnRoot;
+        constexpr int line = cache_line / sizeof(T), lines = std::is_same_v<V, OwnRoot> ? 1 : 4;
+        for (; at + lines * line <= count; at += lines * line) {
+#pragma GCC unroll 4
+            for (int u = 0; u < lines; ++u) {
+                const int64_t here = at + u * line;
 #pragma GCC unroll 8
-            for (int k = 0; k < Rule::streams; ++k) fetch_ahead<line>(data[k] + at);
+                for (int k = 0; k < Rule::streams; ++k) fetch_ahead<line>(data[k] + here);
 #pragma GCC unroll 2
-            for (int i = 0; i < line; i += V::lanes) step_vector<Rule, V>(data, at + i, s, Whole{});
+                for (int i = 0; i < line; i += V::lanes) {
+                    if (u == 3)
+                        step_vector<Rule, V>(data, here + i, s, Whole{});
+                    else
+                        step_vector<Rule, OwnRoot>(data, here + i, s, Whole{});
+                }
+            }
         }
-        for (; at + V::lanes <= count; at += V::lanes) step_vector<Rule, V>(data, at, s, Whole{});
+        for (; at + V::lanes <= count; at += V::lanes) step_vector<Rule, OwnRoot>(data, at, s, Whole{});
         if (at < count) step_vector<Rule, V>(data, at, s, First{static_cast<int>(count - at)});
     };
     with_constants(*static_cast<const typename Rule::template Scalars<T>*>(scalars), loop);

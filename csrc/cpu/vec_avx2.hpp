@@ -51,6 +51,7 @@ struct F32 {
 
 struct F64 {
     using Element = double;
+    using OwnRoot = F64;
     static constexpr int lanes = 4;
 
     __m256d x;

@@ -65,6 +65,7 @@ using F32 = BasicF32<false>;
 
 struct F64 {
     using Element = double;
+    using OwnRoot = F64;
     static constexpr int lanes = 8;
 
     __m512d x;
