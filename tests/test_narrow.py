@@ -531,6 +531,7 @@ def test_what_cannot_be_stored_is_refused(options, param, error, message):
         ),
         (lambda s: s.pop("exp_avg_sq"), ValueError, "no 'exp_avg_sq'"),
         (lambda s: s["exp_avg"].__setitem__(3, -128), ValueError, "a code of -128"),
+        (lambda s: s["exp_avg_units"].__setitem__(0, -1), ValueError, "a unit never is"),
         (
             lambda s: (
                 s.pop("exp_avg_sq_units"),

@@ -1,4 +1,4 @@
-// Cutting a job's concatenated elements into pieces of whole cache lines.
+// Cutting a job's concatenated elements into pieces.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 namespace fusedstep {
 
-// Pieces start at a multiple of this many elements of their tensor: a cache line of the narrowest type.
+// Pieces start at a multiple of this many elements of their tensor: a block, and a cache line of the narrowest type.
 constexpr int64_t cut_alignment = 64;
 
 struct Position {

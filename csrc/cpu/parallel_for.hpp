@@ -22,7 +22,9 @@ constexpr int64_t most_chunk = 32 * 1024;
 // Calls body(from, to) for pieces of [0, elements).
 template <class Body>
 void parallel_for(int64_t elements, int64_t bytes, const Body& body) {
-    const int threads = bytes < least_shared_bytes ? 1 : num_threads();
+    const int64_t most_threads = std::max<int64_t>(1, (elements + least_chunk - 1) / least_chunk);
+    const int threads =
+        bytes < least_shared_bytes ? 1 : static_cast<int>(std::min<int64_t>(num_threads(), most_threads));
     if (threads == 1) {
         body(0, elements);
         return;

@@ -43,11 +43,12 @@ struct BasicF32 {
     FUSEDSTEP_INLINE friend BasicF32 max(BasicF32 a, BasicF32 b) { return _mm512_max_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend BasicF32 min(BasicF32 a, BasicF32 b) { return _mm512_min_ps(a.x, b.x); }
     // Exact either way: from any start within 2^-14 of 1 / sqrt(a), which vrsqrt14ps gives, this comes to the correctly
-    // rounded root. Outside [2^-96, infinity), where its last remainder would not be exact, vsqrtps is what does it.
+    // rounded root. Outside [2^-80, infinity), where its last remainder would be denormal or worse, vsqrtps is what
+    // does it.
     FUSEDSTEP_INLINE friend BasicF32 sqrt(BasicF32 a) {
         if constexpr (!own_root) return _mm512_sqrt_ps(a.x);
-        const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(a.x), _mm512_set1_epi32(0x0F800000));
-        if (_mm512_cmpge_epu32_mask(above, _mm512_set1_epi32(0x7F800000 - 0x0F800000)) != 0) [[unlikely]]
+        const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(a.x), _mm512_set1_epi32(0x17800000));
+        if (_mm512_cmpge_epu32_mask(above, _mm512_set1_epi32(0x7F800000 - 0x17800000)) != 0) [[unlikely]]
             return _mm512_sqrt_ps(a.x);
         const __m512 half = _mm512_set1_ps(0.5f);
         const __m512 y = _mm512_rsqrt14_ps(a.x);
@@ -224,9 +225,9 @@ struct U32 {
 };
 
 FUSEDSTEP_INLINE F32 signed_as(F32 value, U32 of) {
-    constexpr int a_and_b_or_c = 0xEA;
+    constexpr int a_and_b_xor_c = 0x6A;
     return _mm512_castsi512_ps(
-        _mm512_ternarylogic_epi32(of.x, _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(value.x), a_and_b_or_c));
+        _mm512_ternarylogic_epi32(of.x, _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(value.x), a_and_b_xor_c));
 }
 
 FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {

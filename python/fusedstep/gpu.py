@@ -57,9 +57,9 @@ def strides_of(array: Any) -> tuple[int, ...]:
 def lead_of(param: Any) -> int:
     """Return the elements from the boundary below a contiguous parameter's memory to it.
 
-    A boundary is one of 64 bytes on the host and of 16 on a GPU: a kernel moves that much at a time
-    between them. An array with another lead than the parameter's it has to move in smaller pieces.
-    Small arrays on the host are not worth it.
+    A boundary is one of 64 bytes on the host and of 16 on a GPU: a kernel that peels moves that
+    much at a time between them. An array with another lead than the parameter's it has to move in
+    smaller pieces. Small arrays on the host are not worth it.
     """
     if is_on_host(param):
         if param.nbytes < 4096:

@@ -90,7 +90,11 @@ class Storage:
         in_blocks = any(self._dtype(key) == "8bit" for key in state_keys) or (
             narrow and self.master_weights == "stochastic"
         )
-        lead = 0 if in_blocks else gpu.lead_of(param)
+        # On the host only the loops of native arrays peel what comes before a boundary.
+        unpeeled = gpu.is_on_host(param) and (
+            narrow or any(self._dtype(key) not in (None, "float32") for key in state_keys)
+        )
+        lead = 0 if in_blocks or unpeeled else gpu.lead_of(param)
         arrays: dict[str, Any] = {}
         extras: list[Any] = [None, None]
         for key in state_keys:
@@ -174,6 +178,8 @@ def converted(
             raise ValueError(f"{where}[{key!r}]: a code of -128, which stands for nothing")
         wanted = (-(-size // BLOCK),)
         _check(units, wanted, np.dtype(np.float32), f"{where}[{key + UNITS!r}]")
+        if (units < 0).any():
+            raise ValueError(f"{where}[{key + UNITS!r}]: negative, which a unit never is")
         if key + UNITS in own and order == _walk(param):
             return {key: saved, key + UNITS: units}
         saved = decode(saved, units, param.shape, order)
