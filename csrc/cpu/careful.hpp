@@ -19,7 +19,6 @@ template <class V>
 struct Careful {
     using Element = float;
     static constexpr int lanes = V::lanes;
-    using Wide = typename V::Wide;
 
     V x;
 
@@ -27,16 +26,19 @@ struct Careful {
     FUSEDSTEP_INLINE explicit Careful(float value) : x(value) {}
     FUSEDSTEP_INLINE Careful(V value) : x(value) {}
 
+    FUSEDSTEP_INLINE static Careful load(const float* from, int n) { return V::load(from, n); }
+    FUSEDSTEP_INLINE void store(float* to, int n) const { x.store(to, n); }
+
     FUSEDSTEP_INLINE friend Careful operator+(Careful a, Careful b) { return a.x + b.x; }
     FUSEDSTEP_INLINE friend Careful operator-(Careful a, Careful b) { return a.x - b.x; }
     FUSEDSTEP_INLINE friend Careful max(Careful a, Careful b) { return max(a.x, b.x); }
     FUSEDSTEP_INLINE friend Careful operator*(Careful a, Careful b) {
         if (!any_denormal(a.x, b.x)) return a.x * b.x;
-        return V(narrowed(lower_half(a.x) * lower_half(b.x), upper_half(a.x) * upper_half(b.x)));
+        return narrowed(lower_half(a.x) * lower_half(b.x), upper_half(a.x) * upper_half(b.x));
     }
     FUSEDSTEP_INLINE friend Careful operator/(Careful a, Careful b) {
         if (!any_denormal(a.x, b.x)) return a.x / b.x;
-        return V(narrowed(lower_half(a.x) / lower_half(b.x), upper_half(a.x) / upper_half(b.x)));
+        return narrowed(lower_half(a.x) / lower_half(b.x), upper_half(a.x) / upper_half(b.x));
     }
     FUSEDSTEP_INLINE friend Careful sqrt(Careful a) {
         return any_denormal(a.x, a.x) ? sqrt_with_denormals(a.x) : sqrt(a.x);
@@ -46,8 +48,8 @@ struct Careful {
             if (!any_denormal(c.x, c.x)) return fma(a.x, b.x, c.x);
             if (all_zero(a.x)) return a.x * b.x + c.x;
         }
-        return V(narrowed(sum_to_odd(lower_half(a.x) * lower_half(b.x), lower_half(c.x)),
-                          sum_to_odd(upper_half(a.x) * upper_half(b.x), upper_half(c.x))));
+        return narrowed(sum_to_odd(lower_half(a.x) * lower_half(b.x), lower_half(c.x)),
+                        sum_to_odd(upper_half(a.x) * upper_half(b.x), upper_half(c.x)));
     }
 };
 
@@ -71,21 +73,16 @@ bool careful_step_loop(void* const* streams, int64_t begin, int64_t count, const
     bool met = false;
     for (int64_t at = 0; at < count; at += V::lanes) {
         const First part{static_cast<int>(std::min<int64_t>(V::lanes, count - at))};
-        Careful<V> values[Rule::streams];
         bool here = false;
         for (int k = 0; k < Rule::streams; ++k) {
-            values[k].x = part.template load<V>(data[k] + at);
-            here = here || any_denormal(values[k].x, values[k].x);
+            const V value = part.template load<V>(data[k] + at);
+            here = here || any_denormal(value, value);
         }
         met = met || here;
-        if (here) {
-            apply<Rule>(values, s);
-            for (int k = 0; k < Rule::streams; ++k) {
-                if (Rule::written >> k & 1) part.template store<V>(values[k].x, data[k] + at);
-            }
-        } else {
+        if (here)
+            step_vector<Rule, Careful<V>>(data, at, s, part);
+        else
             step_vector<Rule, V>(data, at, s, part);
-        }
     }
     return met;
 }

@@ -18,13 +18,11 @@ FUSEDSTEP_INLINE static __m256i first_lanes(int words) {
 }
 
 struct U32;
-struct F64;
 
 struct F32 {
     using Element = float;
     using Bits = U32;
     using OwnRoot = F32;
-    using Wide = F64;
     static constexpr int lanes = 8;
 
     __m256 x;

@@ -11,7 +11,6 @@
 namespace fusedstep::avx512 {
 
 struct U32;
-struct F64;
 
 // Division and root occupy one unit, which is what limits a loop that computes little else. With an `own_root` roots
 // are found beside it.
@@ -20,7 +19,6 @@ struct BasicF32 {
     using Element = float;
     using Bits = U32;
     using OwnRoot = BasicF32<true>;
-    using Wide = F64;
     static constexpr int lanes = 16;
 
     __m512 x;
@@ -91,35 +89,25 @@ struct F64 {
     FUSEDSTEP_INLINE friend F64 fma(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a.x, b.x, c.x); }
 };
 
-template <bool own_root>
-FUSEDSTEP_INLINE __mmask16 denormal_lanes(BasicF32<own_root> a) {
-    return _mm512_fpclass_ps_mask(a.x, 0x20);
-}
+FUSEDSTEP_INLINE __mmask16 denormal_lanes(F32 a) { return _mm512_fpclass_ps_mask(a.x, 0x20); }
 
-template <bool own_root>
-FUSEDSTEP_INLINE bool any_denormal(BasicF32<own_root> a, BasicF32<own_root> b) {
+FUSEDSTEP_INLINE bool any_denormal(F32 a, F32 b) {
     return _kortestz_mask16_u8(denormal_lanes(a), denormal_lanes(b)) == 0;
 }
 
-template <bool own_root>
-FUSEDSTEP_INLINE BasicF32<own_root> without_denormals(BasicF32<own_root> a) {
+FUSEDSTEP_INLINE F32 without_denormals(F32 a) {
     return _mm512_mask_mov_ps(a.x, denormal_lanes(a), _mm512_setzero_ps());
 }
 
-template <bool own_root>
-FUSEDSTEP_INLINE bool all_zero(BasicF32<own_root> a) {
-    return _mm512_cmp_ps_mask(a.x, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
-}
+FUSEDSTEP_INLINE bool all_zero(F32 a) { return _mm512_cmp_ps_mask(a.x, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0; }
 
 // Of their magnitudes. Nothing is true of a NaN.
-template <bool own_root>
-FUSEDSTEP_INLINE bool all_at_least(BasicF32<own_root> a, BasicF32<own_root> least) {
+FUSEDSTEP_INLINE bool all_at_least(F32 a, F32 least) {
     return _mm512_cmp_ps_mask(_mm512_abs_ps(a.x), _mm512_abs_ps(least.x), _CMP_NGE_UQ) == 0;
 }
 
 // As an integer, a denormal is its value times 2^149.
-template <bool own_root>
-FUSEDSTEP_INLINE BasicF32<own_root> sqrt_with_denormals(BasicF32<own_root> a) {
+FUSEDSTEP_INLINE F32 sqrt_with_denormals(F32 a) {
     const __m512i bits = _mm512_castps_si512(a.x);
     const __mmask16 denormal = denormal_lanes(a) & ~_mm512_movepi32_mask(bits);
     const __m512 root = _mm512_sqrt_ps(_mm512_mask_cvtepi32_ps(a.x, denormal, _mm512_slli_epi32(bits, 1)));
@@ -127,15 +115,9 @@ FUSEDSTEP_INLINE BasicF32<own_root> sqrt_with_denormals(BasicF32<own_root> a) {
 }
 
 // The halves of a vector in float64, and back.
-template <bool own_root>
-FUSEDSTEP_INLINE F64 lower_half(BasicF32<own_root> a) {
-    return _mm512_cvtps_pd(_mm512_castps512_ps256(a.x));
-}
-template <bool own_root>
-FUSEDSTEP_INLINE F64 upper_half(BasicF32<own_root> a) {
-    return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.x, 1));
-}
-FUSEDSTEP_INLINE __m512 narrowed(F64 lower, F64 upper) {
+FUSEDSTEP_INLINE F64 lower_half(F32 a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a.x)); }
+FUSEDSTEP_INLINE F64 upper_half(F32 a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.x, 1)); }
+FUSEDSTEP_INLINE F32 narrowed(F64 lower, F64 upper) {
     return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(lower.x)), _mm512_cvtpd_ps(upper.x), 1);
 }
 
