@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../rules/inline.hpp"
+#include "order_of_words.hpp"
 
 namespace fusedstep::avx2 {
 
@@ -155,10 +156,7 @@ struct U32 {
         for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * i), from[i].x);
     }
     FUSEDSTEP_INLINE static void store(uint16_t* to, const U32 (&from)[4]) {
-        for (int i = 0; i < 4; i += 2) {
-            const __m256i packed = _mm256_packus_epi32(from[i].x, from[i + 1].x);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * i), _mm256_permute4x64_epi64(packed, 0b11011000));
-        }
+        for (int i = 0; i < 4; i += 2) store_quarters(to + 8 * i, _mm256_packus_epi32(from[i].x, from[i + 1].x));
     }
     FUSEDSTEP_INLINE static void store(uint8_t* to, const U32 (&from)[4]) {
         store_bytes(to, _mm256_packus_epi16(_mm256_packus_epi32(from[0].x, from[1].x),
@@ -171,6 +169,26 @@ struct U32 {
     FUSEDSTEP_INLINE static void store_bytes(void* to, __m256i packed) {
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(packed, order));
+    }
+    // In 16-bit words: two vectors' worth, as order_of_words.hpp takes them.
+    FUSEDSTEP_INLINE static U32 load_words(const uint16_t* from) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    }
+    FUSEDSTEP_INLINE static U32 load_words(const uint8_t* from) {
+        return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
+    FUSEDSTEP_INLINE static U32 load_words(const int8_t* from) {
+        return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
+    FUSEDSTEP_INLINE static void store_words(uint8_t* to, U32 a, U32 b) {
+        store_quarters(to, _mm256_packus_epi16(a.x, b.x));
+    }
+    FUSEDSTEP_INLINE static void store_words(int8_t* to, U32 a, U32 b) {
+        store_quarters(to, _mm256_packs_epi16(a.x, b.x));
+    }
+    // Of two vectors that were packed lane by lane.
+    FUSEDSTEP_INLINE static void store_quarters(void* to, __m256i packed) {
+        _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0b11011000));
     }
     FUSEDSTEP_INLINE static U32 lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
     // The greatest of the lanes, in all of them.
@@ -196,6 +214,13 @@ struct U32 {
     FUSEDSTEP_INLINE friend U32 if_greater(U32 a, U32 b, U32 yes, U32 no) {
         return _mm256_blendv_epi8(no.x, yes.x, _mm256_cmpgt_epi32(a.x, b.x));
     }
+    FUSEDSTEP_INLINE friend U32 signed_right(U32 a, int n) { return _mm256_srai_epi32(a.x, n); }
+    FUSEDSTEP_INLINE friend U32 absolute_words(U32 a) { return _mm256_abs_epi16(a.x); }
+    FUSEDSTEP_INLINE friend U32 raised_words(U32 a, int n, uint32_t base) {
+        return _mm256_add_epi16(_mm256_slli_epi16(a.x, n), _mm256_set1_epi16(static_cast<int16_t>(base)));
+    }
+    // The lower halves of `even` and the upper ones of `odd`, in turn.
+    FUSEDSTEP_INLINE friend U32 words(U32 even, U32 odd) { return _mm256_blend_epi16(even.x, odd.x, 0b10101010); }
     FUSEDSTEP_INLINE friend U32 absolute(U32 a) { return _mm256_abs_epi32(a.x); }
     FUSEDSTEP_INLINE friend U32 with_sign(U32 a, U32 of) { return _mm256_sign_epi32(a.x, of.x); }
 };
@@ -213,77 +238,6 @@ FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
 FUSEDSTEP_INLINE U32 bits_of(F32 value) { return _mm256_castps_si256(value.x); }
 FUSEDSTEP_INLINE F32 from_bits(U32 bits) { return _mm256_castsi256_ps(bits.x); }
 
-// Sixteen items, widened to 16 bits if they were 8, of which those of even or those of odd number are meant.
-struct HalfOfWords {
-    __m256i x;
-    bool odd;
-
-    FUSEDSTEP_INLINE friend HalfOfWords absolute(HalfOfWords a) { return {_mm256_abs_epi16(a.x), a.odd}; }
-    FUSEDSTEP_INLINE friend U32 upper(HalfOfWords a) { return a.odd ? U32(a.x) & U32(0xFFFF0000u) : U32(a.x) << 16; }
-    FUSEDSTEP_INLINE friend U32 middle(HalfOfWords a) {
-        return a.odd ? U32(_mm256_srai_epi32(a.x, 8)) & U32(0xFFFFFF00u)
-                     : U32(_mm256_srai_epi32((U32(a.x) << 16).x, 8));
-    }
-    template <int bits, uint32_t base>
-    FUSEDSTEP_INLINE friend U32 raised(HalfOfWords a) {
-        static_assert(bits >= 16 && base % 0x10000u == 0);
-        const __m256i shifted = _mm256_slli_epi16(a.x, bits - 16);
-        return upper(
-            HalfOfWords{_mm256_add_epi16(shifted, _mm256_set1_epi16(static_cast<int16_t>(base >> 16))), a.odd});
-    }
-    FUSEDSTEP_INLINE friend F32 signed_as(F32 value, HalfOfWords of) {
-        return signed_as(value, of.odd ? U32(of.x) : U32(of.x) << 16);
-    }
-};
-
-// The order in which items of 8 and 16 bits are read and written with the fewest instructions: of sixteen elements,
-// the first vector has those of even number and the second those of odd number.
-struct OrderOfWords {
-    FUSEDSTEP_INLINE static U32 elements(int vector) {
-        return U32::lane_numbers() * U32(2) + U32(static_cast<uint32_t>(first(vector) + vector % 2));
-    }
-
-    FUSEDSTEP_INLINE static HalfOfWords load(const uint16_t* block, int vector) {
-        return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + first(vector))), vector % 2 != 0};
-    }
-    FUSEDSTEP_INLINE static HalfOfWords load(const uint8_t* block, int vector) {
-        return {_mm256_cvtepu8_epi16(sixteen_bytes(block + first(vector))), vector % 2 != 0};
-    }
-    FUSEDSTEP_INLINE static HalfOfWords load(const int8_t* block, int vector) {
-        return {_mm256_cvtepi8_epi16(sixteen_bytes(block + first(vector))), vector % 2 != 0};
-    }
-
-    FUSEDSTEP_INLINE static void store_upper(uint16_t* block, int vector, const U32 (&from)[4]) {
-        for (int i = 0; i < 4; i += 2) {
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(block + first(vector + i)),
-                                words(from[i] >> 16, from[i + 1]));
-        }
-    }
-    FUSEDSTEP_INLINE static void store_middle(uint8_t* block, int vector, const U32 (&from)[4]) {
-        const __m256i byte = _mm256_set1_epi16(0xFF);
-        store_bytes(block + first(vector),
-                    _mm256_packus_epi16(_mm256_and_si256(words(from[0] >> 8, from[1] << 8), byte),
-                                        _mm256_and_si256(words(from[2] >> 8, from[3] << 8), byte)));
-    }
-    FUSEDSTEP_INLINE static void store(int8_t* block, int vector, const U32 (&from)[4]) {
-        store_bytes(block + first(vector),
-                    _mm256_packs_epi16(words(from[0], from[1] << 16), words(from[2], from[3] << 16)));
-    }
-    FUSEDSTEP_INLINE static void store(uint8_t* block, int vector, const U32 (&from)[4]) {
-        store_bytes(block + first(vector),
-                    _mm256_packus_epi16(words(from[0], from[1] << 16), words(from[2], from[3] << 16)));
-    }
-
-private:
-    FUSEDSTEP_INLINE static int first(int vector) { return vector / 2 * 16; }
-    FUSEDSTEP_INLINE static __m128i sixteen_bytes(const void* from) {
-        return _mm_loadu_si128(static_cast<const __m128i*>(from));
-    }
-    // The lower halves of `even` and the upper ones of `odd`, in turn.
-    FUSEDSTEP_INLINE static __m256i words(U32 even, U32 odd) { return _mm256_blend_epi16(even.x, odd.x, 0b10101010); }
-    FUSEDSTEP_INLINE static void store_bytes(void* to, __m256i packed) {
-        _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0b11011000));
-    }
-};
+using OrderOfWords = fusedstep::OrderOfWords<F32>;
 
 }  // namespace fusedstep::avx2

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "../rules/inline.hpp"
-#include "natural_order.hpp"
+#include "order_of_words.hpp"
 
 namespace fusedstep::avx512 {
 
@@ -156,11 +156,7 @@ struct U32 {
         for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + 16 * i, from[i].x);
     }
     FUSEDSTEP_INLINE static void store(uint16_t* to, const U32 (&from)[4]) {
-        const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-        for (int i = 0; i < 4; i += 2) {
-            const __m512i packed = _mm512_packus_epi32(from[i].x, from[i + 1].x);
-            _mm512_storeu_si512(to + 16 * i, _mm512_permutexvar_epi64(order, packed));
-        }
+        for (int i = 0; i < 4; i += 2) store_quarters(to + 16 * i, _mm512_packus_epi32(from[i].x, from[i + 1].x));
     }
     FUSEDSTEP_INLINE static void store(uint8_t* to, const U32 (&from)[4]) {
         store_bytes(to, _mm512_packus_epi16(_mm512_packus_epi32(from[0].x, from[1].x),
@@ -173,6 +169,25 @@ struct U32 {
     FUSEDSTEP_INLINE static void store_bytes(void* to, __m512i packed) {
         const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, packed));
+    }
+    // In 16-bit words: two vectors' worth, as order_of_words.hpp takes them.
+    FUSEDSTEP_INLINE static U32 load_words(const uint16_t* from) { return _mm512_loadu_si512(from); }
+    FUSEDSTEP_INLINE static U32 load_words(const uint8_t* from) {
+        return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+    FUSEDSTEP_INLINE static U32 load_words(const int8_t* from) {
+        return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+    FUSEDSTEP_INLINE static void store_words(uint8_t* to, U32 a, U32 b) {
+        store_quarters(to, _mm512_packus_epi16(a.x, b.x));
+    }
+    FUSEDSTEP_INLINE static void store_words(int8_t* to, U32 a, U32 b) {
+        store_quarters(to, _mm512_packs_epi16(a.x, b.x));
+    }
+    // Of two vectors that were packed lane by lane.
+    FUSEDSTEP_INLINE static void store_quarters(void* to, __m512i packed) {
+        const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi64(order, packed));
     }
     FUSEDSTEP_INLINE static U32 lane_numbers() {
         return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -200,6 +215,16 @@ struct U32 {
     FUSEDSTEP_INLINE friend U32 if_greater(U32 a, U32 b, U32 yes, U32 no) {
         return _mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(a.x, b.x), no.x, yes.x);
     }
+    FUSEDSTEP_INLINE friend U32 signed_right(U32 a, int n) { return _mm512_srai_epi32(a.x, n); }
+    FUSEDSTEP_INLINE friend U32 absolute_words(U32 a) { return _mm512_abs_epi16(a.x); }
+    FUSEDSTEP_INLINE friend U32 raised_words(U32 a, int n, uint32_t base) {
+        return _mm512_add_epi16(_mm512_slli_epi16(a.x, n), _mm512_set1_epi16(static_cast<int16_t>(base)));
+    }
+    // The lower halves of `even` and the upper ones of `odd`, in turn.
+    FUSEDSTEP_INLINE friend U32 words(U32 even, U32 odd) {
+        constexpr int b_where_a_else_c = 0xCA;
+        return _mm512_ternarylogic_epi32(U32(0xFFFF0000u).x, odd.x, even.x, b_where_a_else_c);
+    }
     FUSEDSTEP_INLINE friend U32 absolute(U32 a) { return _mm512_abs_epi32(a.x); }
     FUSEDSTEP_INLINE friend U32 with_sign(U32 a, U32 of) {
         return _mm512_mask_sub_epi32(a.x, _mm512_movepi32_mask(of.x), _mm512_setzero_si512(), a.x);
@@ -220,77 +245,6 @@ FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
 FUSEDSTEP_INLINE U32 bits_of(F32 value) { return _mm512_castps_si512(value.x); }
 FUSEDSTEP_INLINE F32 from_bits(U32 bits) { return _mm512_castsi512_ps(bits.x); }
 
-// As in vec_avx2.hpp, with twice as many.
-struct HalfOfWords {
-    __m512i x;
-    bool odd;
-
-    FUSEDSTEP_INLINE friend HalfOfWords absolute(HalfOfWords a) { return {_mm512_abs_epi16(a.x), a.odd}; }
-    FUSEDSTEP_INLINE friend U32 upper(HalfOfWords a) { return a.odd ? U32(a.x) & U32(0xFFFF0000u) : U32(a.x) << 16; }
-    FUSEDSTEP_INLINE friend U32 middle(HalfOfWords a) {
-        return a.odd ? U32(_mm512_srai_epi32(a.x, 8)) & U32(0xFFFFFF00u)
-                     : U32(_mm512_srai_epi32((U32(a.x) << 16).x, 8));
-    }
-    template <int bits, uint32_t base>
-    FUSEDSTEP_INLINE friend U32 raised(HalfOfWords a) {
-        static_assert(bits >= 16 && base % 0x10000u == 0);
-        const __m512i shifted = _mm512_slli_epi16(a.x, bits - 16);
-        return upper(
-            HalfOfWords{_mm512_add_epi16(shifted, _mm512_set1_epi16(static_cast<int16_t>(base >> 16))), a.odd});
-    }
-    FUSEDSTEP_INLINE friend F32 signed_as(F32 value, HalfOfWords of) {
-        return signed_as(value, of.odd ? U32(of.x) : U32(of.x) << 16);
-    }
-};
-
-struct OrderOfWords {
-    FUSEDSTEP_INLINE static U32 elements(int vector) {
-        return U32::lane_numbers() * U32(2) + U32(static_cast<uint32_t>(first(vector) + vector % 2));
-    }
-
-    FUSEDSTEP_INLINE static HalfOfWords load(const uint16_t* block, int vector) {
-        return {_mm512_loadu_si512(block + first(vector)), vector % 2 != 0};
-    }
-    FUSEDSTEP_INLINE static HalfOfWords load(const uint8_t* block, int vector) {
-        return {_mm512_cvtepu8_epi16(bytes(block + first(vector))), vector % 2 != 0};
-    }
-    FUSEDSTEP_INLINE static HalfOfWords load(const int8_t* block, int vector) {
-        return {_mm512_cvtepi8_epi16(bytes(block + first(vector))), vector % 2 != 0};
-    }
-
-    FUSEDSTEP_INLINE static void store_upper(uint16_t* block, int vector, const U32 (&from)[4]) {
-        for (int i = 0; i < 4; i += 2) {
-            _mm512_storeu_si512(block + first(vector + i), words(from[i] >> 16, from[i + 1]));
-        }
-    }
-    FUSEDSTEP_INLINE static void store_middle(uint8_t* block, int vector, const U32 (&from)[4]) {
-        const __m512i byte = _mm512_set1_epi16(0xFF);
-        store_bytes(block + first(vector),
-                    _mm512_packus_epi16(_mm512_and_si512(words(from[0] >> 8, from[1] << 8), byte),
-                                        _mm512_and_si512(words(from[2] >> 8, from[3] << 8), byte)));
-    }
-    FUSEDSTEP_INLINE static void store(int8_t* block, int vector, const U32 (&from)[4]) {
-        store_bytes(block + first(vector),
-                    _mm512_packs_epi16(words(from[0], from[1] << 16), words(from[2], from[3] << 16)));
-    }
-    FUSEDSTEP_INLINE static void store(uint8_t* block, int vector, const U32 (&from)[4]) {
-        store_bytes(block + first(vector),
-                    _mm512_packus_epi16(words(from[0], from[1] << 16), words(from[2], from[3] << 16)));
-    }
-
-private:
-    FUSEDSTEP_INLINE static int first(int vector) { return vector / 2 * 32; }
-    FUSEDSTEP_INLINE static __m256i bytes(const void* from) {
-        return _mm256_loadu_si256(static_cast<const __m256i*>(from));
-    }
-    // The lower halves of `even` and the upper ones of `odd`, in turn.
-    FUSEDSTEP_INLINE static __m512i words(U32 even, U32 odd) {
-        return _mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int>(0xFFFF0000u)), odd.x, even.x, 0xCA);
-    }
-    FUSEDSTEP_INLINE static void store_bytes(void* to, __m512i packed) {
-        const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-        _mm512_storeu_si512(to, _mm512_permutexvar_epi64(order, packed));
-    }
-};
+using OrderOfWords = fusedstep::OrderOfWords<F32>;
 
 }  // namespace fusedstep::avx512
