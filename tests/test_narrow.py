@@ -92,6 +92,29 @@ def test_parameter_and_correction_are_the_float32(isa, correction):
     assert_same(param, nearest_away(held))
 
 
+@pytest.mark.parametrize("value", [0.0, -0.0, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"master_weights": "correction16"},
+        {"master_weights": "correction8"},
+        {"master_weights": "correction8", "state_dtype": "8bit"},
+    ],
+)
+def test_a_parameter_set_by_hand_is_no_nan(isa, options, value):
+    values = np.random.default_rng(2).normal(size=5000).astype(np.float32)
+    param = values.astype(bfloat16)
+    optimizer = fs.Adam(param, lr=lambda step: 1e-3 if step == 1 else 0.0, **options)
+    optimizer.step(values)
+    correction = optimizer.state[0]["correction"]
+    signed = correction.view(f"i{correction.dtype.itemsize}")
+    assert (signed < 0).any()
+    assert (signed > 0).any()
+    param[...] = value
+    optimizer.step(values)
+    assert (param.astype(np.float32) == value).all()
+
+
 def nearest_away(values):
     """Round float32 to bfloat16, ties away from zero."""
     kept = ((values.view(np.uint32).astype(np.uint64) + 0x8000) >> 16).astype(np.uint16)
@@ -108,7 +131,8 @@ def read_parameter(param, state):
     width = 8 * correction.dtype.itemsize
     signed = correction.view(f"i{correction.dtype.itemsize}").astype(np.int64)
     high = bits(param).astype(np.int64) << 16
-    return (high + (signed << (16 - width))).astype(np.uint32).view(np.float32)
+    held = (high + (signed << (16 - width))).astype(np.uint32).view(np.float32)
+    return np.where(np.isnan(held), param.astype(np.float32), held)
 
 
 def written_parameter(value, param, master_weights, step):

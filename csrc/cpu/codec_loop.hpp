@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "../core/format.hpp"
 #include "../core/stream.hpp"
@@ -154,6 +155,24 @@ public:
         return {V(scale.reciprocal), static_cast<uint32_t>(random >> 32), bits};
     }
 
+    // The same, where what was observed is compared, and the unit and its reciprocal found, for two streams at once.
+    struct Found {
+        uint32_t greatest, unit;
+        V reciprocal;
+    };
+    template <class Other>
+    FUSEDSTEP_INLINE std::pair<Found, typename Other::Found> scales_of_both(const Other& other) const {
+        const auto top = greatest(greatest_, other.greatest_);
+        using Pair = std::remove_const_t<decltype(top)>;
+        const BlockScale<Pair> scale = scale_of(top, Pair(Blocks::inverse_span, Other::inverse_span));
+        return {{top.first_bits(), scale.unit.first_bits(), V::first_of(scale.reciprocal)},
+                {top.second_bits(), scale.unit.second_bits(), V::second_of(scale.reciprocal)}};
+    }
+    FUSEDSTEP_INLINE Scale scale(uint64_t random, const Found& found) const {
+        *unit_at_ = found.unit;
+        return {found.reciprocal, static_cast<uint32_t>(random >> 32), found.greatest};
+    }
+
     template <bool>
     FUSEDSTEP_INLINE void encode(int vector, const V (&values)[4], const Scale& scale) const {
         B codes[4];
@@ -179,6 +198,10 @@ public:
     FUSEDSTEP_INLINE Blocks before() const { return Blocks(codes_ - block_elements, unit_at_ - 1); }
 
 private:
+    template <class, class, class>
+    friend class Blocks;
+    static constexpr float inverse_span = Format::inverse_span;
+
     FUSEDSTEP_INLINE Blocks(Item* codes, uint32_t* unit_at) : codes_(codes), unit_at_(unit_at) {}
     FUSEDSTEP_INLINE void read_unit() { unit_ = unit_of(from_bits(B(*unit_at_))); }
 

@@ -37,6 +37,7 @@ private:
     static constexpr bool written_at_once[] = {Accesses::native...};
     // Every other root beside the divider, which both stages wait for; where blocks are encoded, they wait for others.
     static constexpr bool has_blocks = (Accesses::blockwise || ...);
+    static constexpr bool is_blockwise[] = {Accesses::blockwise...};
     // Rounding a NaN needs care, except where none can come up that is not a bfloat16.
     static constexpr bool may_be_nan = !(Accesses::nan_is_bfloat16 && ...);
 
@@ -49,7 +50,7 @@ private:
         uint64_t number = static_cast<uint64_t>(at) / block_elements;
         for (int parity = 0;; parity ^= 1) {
             const uint64_t bits = (Accesses::random || ...) ? random_block(random, number++) : 0;
-            const Scales scales(std::get<k>(block).scale(bits)...);
+            const Scales scales = scales_of(block, bits, all);
             if ((count -= block_elements) == 0) {
                 stages<false, true>(block, states[parity ^ 1], block, scales, states[parity], scalars, all);
                 return;
@@ -57,6 +58,27 @@ private:
             (std::get<k>(block).advance(), ...);
             const Block before(std::get<k>(block).before()...);
             stages<true, true>(block, states[parity ^ 1], before, scales, states[parity], scalars, all);
+        }
+    }
+
+    template <size_t... k>
+    FUSEDSTEP_INLINE static Scales scales_of(const Block& block, uint64_t random, std::index_sequence<k...>) {
+        constexpr size_t last = sizeof...(k) - 1;
+        if constexpr (V::lanes > 1 && is_blockwise[last] && is_blockwise[last - 1]) {
+            const auto& m = std::get<last - 1>(block);
+            const auto& v = std::get<last>(block);
+            const auto both = m.scales_of_both(v);
+            const auto scale = [&](auto index) __attribute__((always_inline)) {
+                if constexpr (index == last)
+                    return v.scale(random, both.second);
+                else if constexpr (index == last - 1)
+                    return m.scale(random, both.first);
+                else
+                    return std::get<index>(block).scale(random);
+            };
+            return Scales(scale(std::integral_constant<size_t, k>())...);
+        } else {
+            return Scales(std::get<k>(block).scale(random)...);
         }
     }
 

@@ -35,10 +35,10 @@ struct Natural {
         store(block, vector, {from[0] >> 16, from[1] >> 16, from[2] >> 16, from[3] >> 16});
     }
 
-    // ... or in its second byte.
+    // ... or in its second byte, with the uppermost bit flipped.
     FUSEDSTEP_INLINE static void store_middle(uint8_t* block, int vector, const B (&from)[4]) {
         B items[4];
-        for (int i = 0; i < 4; ++i) items[i] = (from[i] >> 8) & B(0xFFu);
+        for (int i = 0; i < 4; ++i) items[i] = ((from[i] >> 8) & B(0xFFu)) ^ B(0x80u);
         store(block, vector, items);
     }
 };

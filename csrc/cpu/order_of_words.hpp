@@ -18,9 +18,7 @@ struct HalfOfWords {
 
     FUSEDSTEP_INLINE friend HalfOfWords absolute(HalfOfWords a) { return {absolute_words(a.x), a.odd}; }
     FUSEDSTEP_INLINE friend B upper(HalfOfWords a) { return a.odd ? a.x & B(0xFFFF0000u) : a.x << 16; }
-    FUSEDSTEP_INLINE friend B middle(HalfOfWords a) {
-        return a.odd ? signed_right(a.x, 8) & B(0xFFFFFF00u) : signed_right(a.x << 16, 8);
-    }
+    FUSEDSTEP_INLINE friend B middle(HalfOfWords a) { return multiplied_words(a.x, B(a.odd ? 0x01000000u : 0x0100u)); }
     template <int bits, uint32_t base>
     FUSEDSTEP_INLINE friend B raised(HalfOfWords a) {
         static_assert(bits >= 16 && base % 0x10000u == 0);
@@ -50,9 +48,7 @@ struct OrderOfWords {
         }
     }
     FUSEDSTEP_INLINE static void store_middle(uint8_t* block, int vector, const B (&from)[4]) {
-        const B byte(0x00FF00FFu);
-        B::store_words(block + first(vector), words(from[0] >> 8, from[1] << 8) & byte,
-                       words(from[2] >> 8, from[3] << 8) & byte);
+        B::store_upper_flipped(block + first(vector), words(from[0], from[1] << 16), words(from[2], from[3] << 16));
     }
     template <class Item>
     FUSEDSTEP_INLINE static void store(Item* block, int vector, const B (&from)[4]) {

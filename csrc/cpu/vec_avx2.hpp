@@ -8,6 +8,7 @@
 
 #include "../rules/inline.hpp"
 #include "order_of_words.hpp"
+#include "pair.hpp"
 
 namespace fusedstep::avx2 {
 
@@ -36,6 +37,9 @@ struct F32 {
     FUSEDSTEP_INLINE static F32 load(const float* from, int n) { return _mm256_maskload_ps(from, first_lanes(n)); }
     FUSEDSTEP_INLINE void store(float* to) const { _mm256_storeu_ps(to, x); }
     FUSEDSTEP_INLINE void store(float* to, int n) const { _mm256_maskstore_ps(to, first_lanes(n), x); }
+
+    FUSEDSTEP_INLINE static F32 first_of(Pair a) { return _mm256_broadcastss_ps(a.x); }
+    FUSEDSTEP_INLINE static F32 second_of(Pair a) { return _mm256_broadcastss_ps(_mm_movehdup_ps(a.x)); }
 
     FUSEDSTEP_INLINE friend F32 operator+(F32 a, F32 b) { return _mm256_add_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend F32 operator-(F32 a, F32 b) { return _mm256_sub_ps(a.x, b.x); }
@@ -186,6 +190,11 @@ struct U32 {
     FUSEDSTEP_INLINE static void store_words(int8_t* to, U32 a, U32 b) {
         store_quarters(to, _mm256_packs_epi16(a.x, b.x));
     }
+    // The upper bytes of words, with the uppermost bits flipped.
+    FUSEDSTEP_INLINE static void store_upper_flipped(uint8_t* to, U32 a, U32 b) {
+        const __m256i packed = _mm256_packus_epi16(_mm256_srli_epi16(a.x, 8), _mm256_srli_epi16(b.x, 8));
+        store_quarters(to, _mm256_xor_si256(packed, _mm256_set1_epi8(INT8_MIN)));
+    }
     // Of two vectors that were packed lane by lane.
     FUSEDSTEP_INLINE static void store_quarters(void* to, __m256i packed) {
         _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0b11011000));
@@ -196,6 +205,13 @@ struct U32 {
         __m256i m = _mm256_max_epu32(x, _mm256_permute2x128_si256(x, x, 0x01));
         m = _mm256_max_epu32(m, _mm256_shuffle_epi32(m, 0b01001110));
         return _mm256_max_epu32(m, _mm256_shuffle_epi32(m, 0b10110001));
+    }
+    // The greatest lanes of each.
+    FUSEDSTEP_INLINE friend Pair greatest(U32 a, U32 b) {
+        __m256i m = _mm256_max_epu32(_mm256_unpacklo_epi32(a.x, b.x), _mm256_unpackhi_epi32(a.x, b.x));
+        m = _mm256_max_epu32(m, _mm256_permute2x128_si256(m, m, 0x01));
+        m = _mm256_max_epu32(m, _mm256_shuffle_epi32(m, 0b01001110));
+        return _mm_castsi128_ps(_mm256_castsi256_si128(m));
     }
     FUSEDSTEP_INLINE uint32_t first() const {
         return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm256_castsi256_si128(x)));
@@ -214,7 +230,8 @@ struct U32 {
     FUSEDSTEP_INLINE friend U32 if_greater(U32 a, U32 b, U32 yes, U32 no) {
         return _mm256_blendv_epi8(no.x, yes.x, _mm256_cmpgt_epi32(a.x, b.x));
     }
-    FUSEDSTEP_INLINE friend U32 signed_right(U32 a, int n) { return _mm256_srai_epi32(a.x, n); }
+    // In each lane the sum of the products of two signed words.
+    FUSEDSTEP_INLINE friend U32 multiplied_words(U32 a, U32 b) { return _mm256_madd_epi16(a.x, b.x); }
     FUSEDSTEP_INLINE friend U32 absolute_words(U32 a) { return _mm256_abs_epi16(a.x); }
     FUSEDSTEP_INLINE friend U32 raised_words(U32 a, int n, uint32_t base) {
         return _mm256_add_epi16(_mm256_slli_epi16(a.x, n), _mm256_set1_epi16(static_cast<int16_t>(base)));
@@ -227,6 +244,10 @@ struct U32 {
 
 FUSEDSTEP_INLINE F32 signed_as(F32 value, U32 of) {
     return _mm256_blendv_ps(value.x, (F32(0.0f) - value).x, _mm256_castsi256_ps(of.x));
+}
+
+FUSEDSTEP_INLINE F32 number_or(F32 a, F32 b) {
+    return _mm256_blendv_ps(a.x, b.x, _mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q));
 }
 
 FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {

@@ -7,6 +7,7 @@
 
 #include "../rules/inline.hpp"
 #include "order_of_words.hpp"
+#include "pair.hpp"
 
 namespace fusedstep::avx512 {
 
@@ -33,6 +34,11 @@ struct BasicF32 {
     FUSEDSTEP_INLINE static BasicF32 load(const float* from, int n) { return _mm512_maskz_loadu_ps(first(n), from); }
     FUSEDSTEP_INLINE void store(float* to) const { _mm512_storeu_ps(to, x); }
     FUSEDSTEP_INLINE void store(float* to, int n) const { _mm512_mask_storeu_ps(to, first(n), x); }
+
+    FUSEDSTEP_INLINE static BasicF32 first_of(Pair a) { return _mm512_broadcastss_ps(a.x); }
+    FUSEDSTEP_INLINE static BasicF32 second_of(Pair a) {
+        return _mm512_permutexvar_ps(_mm512_set1_epi32(1), _mm512_castps128_ps512(a.x));
+    }
 
     FUSEDSTEP_INLINE friend BasicF32 operator+(BasicF32 a, BasicF32 b) { return _mm512_add_ps(a.x, b.x); }
     FUSEDSTEP_INLINE friend BasicF32 operator-(BasicF32 a, BasicF32 b) { return _mm512_sub_ps(a.x, b.x); }
@@ -184,6 +190,11 @@ struct U32 {
     FUSEDSTEP_INLINE static void store_words(int8_t* to, U32 a, U32 b) {
         store_quarters(to, _mm512_packs_epi16(a.x, b.x));
     }
+    // The upper bytes of words, with the uppermost bits flipped.
+    FUSEDSTEP_INLINE static void store_upper_flipped(uint8_t* to, U32 a, U32 b) {
+        const __m512i packed = _mm512_packus_epi16(_mm512_srli_epi16(a.x, 8), _mm512_srli_epi16(b.x, 8));
+        store_quarters(to, _mm512_xor_si512(packed, _mm512_set1_epi8(INT8_MIN)));
+    }
     // Of two vectors that were packed lane by lane.
     FUSEDSTEP_INLINE static void store_quarters(void* to, __m512i packed) {
         const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
@@ -197,6 +208,14 @@ struct U32 {
         m = _mm512_max_epu32(m, _mm512_shuffle_i32x4(m, m, 0b10110001));
         m = _mm512_max_epu32(m, _mm512_shuffle_epi32(m, _MM_PERM_BADC));
         return _mm512_max_epu32(m, _mm512_shuffle_epi32(m, _MM_PERM_CDAB));
+    }
+    // The greatest lanes of each.
+    FUSEDSTEP_INLINE friend Pair greatest(U32 a, U32 b) {
+        __m512i m = _mm512_max_epu32(_mm512_unpacklo_epi32(a.x, b.x), _mm512_unpackhi_epi32(a.x, b.x));
+        m = _mm512_max_epu32(m, _mm512_shuffle_i32x4(m, m, 0b01001110));
+        m = _mm512_max_epu32(m, _mm512_shuffle_i32x4(m, m, 0b10110001));
+        m = _mm512_max_epu32(m, _mm512_shuffle_epi32(m, _MM_PERM_BADC));
+        return _mm_castsi128_ps(_mm512_castsi512_si128(m));
     }
     FUSEDSTEP_INLINE uint32_t first() const {
         return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm512_castsi512_si128(x)));
@@ -215,7 +234,12 @@ struct U32 {
     FUSEDSTEP_INLINE friend U32 if_greater(U32 a, U32 b, U32 yes, U32 no) {
         return _mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(a.x, b.x), no.x, yes.x);
     }
-    FUSEDSTEP_INLINE friend U32 signed_right(U32 a, int n) { return _mm512_srai_epi32(a.x, n); }
+    // In each lane the sum of the products of two signed words.
+    FUSEDSTEP_INLINE friend U32 multiplied_words(U32 a, U32 b) { return _mm512_madd_epi16(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 rounded_to_even(U32 a) {
+        const __mmask16 odd = _mm512_test_epi32_mask(a.x, _mm512_set1_epi32(0x10000));
+        return _mm512_mask_add_epi32((a + U32(0x7FFFu)).x, odd, a.x, _mm512_set1_epi32(0x8000));
+    }
     FUSEDSTEP_INLINE friend U32 absolute_words(U32 a) { return _mm512_abs_epi16(a.x); }
     FUSEDSTEP_INLINE friend U32 raised_words(U32 a, int n, uint32_t base) {
         return _mm512_add_epi16(_mm512_slli_epi16(a.x, n), _mm512_set1_epi16(static_cast<int16_t>(base)));
@@ -235,6 +259,11 @@ FUSEDSTEP_INLINE F32 signed_as(F32 value, U32 of) {
     constexpr int a_and_b_xor_c = 0x6A;
     return _mm512_castsi512_ps(
         _mm512_ternarylogic_epi32(of.x, _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(value.x), a_and_b_xor_c));
+}
+
+FUSEDSTEP_INLINE F32 number_or(F32 a, F32 b) {
+    const __m512i first_but_for_nan = _mm512_set1_epi32(0x11111100);
+    return _mm512_fixupimm_ps(b.x, a.x, first_but_for_nan, 0);
 }
 
 FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {

@@ -93,6 +93,9 @@ struct U32 {
 // A positive value with the sign of an integer.
 FUSEDSTEP_INLINE F32 signed_as(F32 value, U32 of) { return F32(static_cast<int32_t>(of.x) < 0 ? -value.x : value.x); }
 
+// The first, unless it is a NaN.
+FUSEDSTEP_INLINE F32 number_or(F32 a, F32 b) { return a.x == a.x ? a : b; }
+
 FUSEDSTEP_INLINE bool any_nan(const F32 (&values)[4]) {
     return values[0].x != values[0].x || values[1].x != values[1].x || values[2].x != values[2].x ||
            values[3].x != values[3].x;

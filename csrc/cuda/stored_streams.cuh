@@ -153,7 +153,7 @@ FUSEDSTEP_INLINE void encode_as(const Vec<float> (&values)[lanes], uint64_t rand
         F::template encode<true, Vec<float>>(values[i], bits, item, extra);
         items[i] = sizeof(typename F::Item) == 2 ? item.x >> 16 : item.x;
         if constexpr (!std::is_void_v<typename F::Extra>)
-            extras[i] = sizeof(typename F::Extra) == 1 ? extra.x >> 8 : extra.x;
+            extras[i] = sizeof(typename F::Extra) == 1 ? extra.x >> 8 ^ 0x80 : extra.x;
     }
 }
 

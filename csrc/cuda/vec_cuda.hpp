@@ -73,6 +73,7 @@ struct Vec<float> {
         return Vec(FUSEDSTEP_ROUNDED(__fmaf_rn(a.x, b.x, c.x), std::fma(a.x, b.x, c.x)));
     }
     FUSEDSTEP_INLINE friend Vec fms(Vec a, Vec b, Vec c) { return fma(a, b, Vec(-c.x)); }
+    FUSEDSTEP_INLINE friend Vec number_or(Vec a, Vec b) { return a.x == a.x ? a : b; }
     FUSEDSTEP_INLINE friend Vec signed_as(Vec value, U32 of) {
         return Vec(static_cast<int32_t>(of.x) < 0 ? -value.x : value.x);
     }

@@ -3,8 +3,9 @@
 //
 // A format, like a rule, is mathematics and never sees memory: over a vector V of float32 and its integer
 // companion V::Bits it turns an item (and what lies beside it, `extra`) into a value and back. Items of 16 bits
-// are encoded into the upper half of a lane, extras of 8 bits into its second byte. Encoding takes `random` random
-// bits, and is told whether one of its values may be a NaN, because without one it is cheaper; the bits are the same.
+// are encoded into the upper half of a lane, extras of 8 bits into its second byte, whose uppermost bit is flipped.
+// Encoding takes `random` random bits, and is told whether one of its values may be a NaN, because without one it is
+// cheaper; the bits are the same.
 // They are even for a NaN that is a bfloat16, the only ones that come of formats with `nan_is_bfloat16`.
 #pragma once
 
@@ -27,6 +28,11 @@ FUSEDSTEP_INLINE B keep_nan(B bits, B rounded) {
     return if_greater(magnitude(bits), B(0x7F800000u), bits | B(0x400000u), rounded);
 }
 
+template <class B>
+FUSEDSTEP_INLINE B rounded_to_even(B bits) {
+    return bits + B(0x7FFFu) + ((bits >> 16) & B(1u));
+}
+
 struct BFloat16 {
     using Item = uint16_t;
     using Extra = void;
@@ -43,7 +49,7 @@ struct BFloat16 {
     FUSEDSTEP_INLINE static void encode(V value, typename V::Bits, typename V::Bits& item, typename V::Bits&) {
         using B = typename V::Bits;
         const B bits = bits_of(value);
-        item = keep_nan<may_be_nan>(bits, bits + B(0x7FFFu) + ((bits >> 16) & B(1u)));
+        item = keep_nan<may_be_nan>(bits, rounded_to_even(bits));
     }
 };
 
@@ -60,6 +66,13 @@ struct BFloat16Stochastic : BFloat16 {
     }
 };
 
+// Whoever sets a parameter to 0 or infinity leaves the correction of what it was. Where both are the bits of a NaN,
+// the bfloat16 is what counts.
+template <class V>
+FUSEDSTEP_INLINE V corrected(typename V::Bits item, typename V::Bits correction) {
+    return number_or(from_bits(item + correction), from_bits(item));
+}
+
 // bfloat16 and the 16 bits that it lacks of a float32, so that together they are that float32 exactly. The
 // bfloat16 is rounded to nearest with ties away from zero: with ties to even, 65537 float32 would round to
 // some of the bfloat16, one more than 16 bits can tell apart. A NaN stays a NaN, with another payload.
@@ -67,11 +80,11 @@ struct BFloat16Correction16 {
     using Item = uint16_t;
     using Extra = int16_t;
     static constexpr int random = 0;
-    static constexpr bool nan_is_bfloat16 = false;
+    static constexpr bool nan_is_bfloat16 = true;
 
     template <class V, class Words>
     FUSEDSTEP_INLINE static V decode(Words item, typename V::Bits extra) {
-        return from_bits(upper(item) + extra);
+        return corrected<V>(upper(item), extra);
     }
 
     template <bool may_be_nan, class V>
@@ -88,22 +101,23 @@ struct BFloat16Correction8 {
     using Item = uint16_t;
     using Extra = int8_t;
     static constexpr int random = 0;
-    static constexpr bool nan_is_bfloat16 = false;
+    static constexpr bool nan_is_bfloat16 = true;
 
     template <class V, class Words>
     FUSEDSTEP_INLINE static V decode(Words item, Words extra) {
-        return from_bits(upper(item) + middle(extra));
+        return corrected<V>(upper(item), middle(extra));
     }
 
     template <bool may_be_nan, class V>
     FUSEDSTEP_INLINE static void encode(V value, typename V::Bits, typename V::Bits& item, typename V::Bits& extra) {
         using B = typename V::Bits;
         const B bits = bits_of(value);
-        const B rounded = bits + B(0x80u);
-        item = keep_nan<may_be_nan>(bits, rounded + B(0x8000u));
+        // Rounding the bfloat16 flips the uppermost bit of the correction.
+        const B rounded = bits + B(0x8080u);
+        item = keep_nan<may_be_nan>(bits, rounded);
         extra = rounded;
         // Of a NaN, nothing that could make an infinity of it.
-        if constexpr (may_be_nan) extra = if_greater(magnitude(bits), B(0x7F800000u), B(0u), extra);
+        if constexpr (may_be_nan) extra = if_greater(magnitude(bits), B(0x7F800000u), B(0x8000u), extra);
     }
 };
 

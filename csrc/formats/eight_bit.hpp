@@ -36,10 +36,15 @@ FUSEDSTEP_INLINE bool is_finite_block(uint32_t greatest) { return greatest < 0x7
 // On the CPU, a block's scale is computed in one lane: a division of a whole vector takes three times as long.
 FUSEDSTEP_INLINE float max(float a, float b) { return a > b ? a : b; }
 
+template <class V>
+FUSEDSTEP_INLINE BlockScale<V> scale_of(V greatest, V inverse_span) {
+    const V unit = max(greatest * inverse_span, V(0x1p-112f));
+    return {unit, V(1.0f) / unit};
+}
+
 template <class Moment, class V>
 FUSEDSTEP_INLINE BlockScale<V> scale_of(V greatest) {
-    const V unit = max(greatest * V(Moment::inverse_span), V(0x1p-112f));
-    return {unit, V(1.0f) / unit};
+    return scale_of(greatest, V(Moment::inverse_span));
 }
 
 // What rounds the bits of y: random ones below the cut, and those of one are taken away. Adding uniform bits below
