@@ -80,6 +80,7 @@ public:
     FUSEDSTEP_INLINE void advance() {
         move(block_elements);
         fetch_eighth_block(items_);
+        if constexpr (has_extra) fetch_eighth_block(extras_);
     }
     FUSEDSTEP_INLINE Elements before() const {
         Elements copy = *this;
