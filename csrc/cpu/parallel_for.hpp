@@ -29,7 +29,7 @@ void parallel_for(int64_t elements, int64_t bytes, const Body& body) {
         body(0, elements);
         return;
     }
-    const int64_t chunk = std::clamp(elements / (threads * 8), least_chunk, most_chunk);
+    const int64_t chunk = std::clamp(elements / (threads * 4), least_chunk, most_chunk);
     // As many for each thread, or one would wait for another's last.
     const int64_t chunks = (elements + chunk * threads - 1) / (chunk * threads) * threads;
     const bool worth_waking = bytes >= least_waking_bytes;
