@@ -5,21 +5,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _core, gpu, narrow
 from .step_info import StepInfo
+from .structure import are_groups, structure_of, suffixes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
+    from .structure import Grads, Params
+
     Array = NDArray[Any]
-    Params = Array | Sequence[Array] | Mapping[str, Array] | Sequence[Mapping[str, Any]]
-    Grads = Array | Sequence[Any] | Mapping[str, Array | None]
     Schedule = float | Callable[[int], float]
 
 
@@ -61,7 +62,7 @@ class Optimizer:
         self.capturable = capturable
         self._storage = storage or narrow.Storage()
         self._start_empty()
-        if _are_groups(params):
+        if are_groups(params):
             self._grads_by_group = True
             for group in params:
                 self._add_group(group)
@@ -121,7 +122,7 @@ class Optimizer:
                 f"param_groups[{number}]: unknown hyper-parameter {min(unknown)!r}; "
                 f"{type(self).__name__} has {', '.join(self.defaults)}"
             )
-        structure, names, params = _structure(group["params"])
+        structure, names, params = structure_of(group["params"])
         added = {**self.defaults, **group, "params": params}
         if structure == "dict":
             added["param_names"] = names
@@ -135,7 +136,7 @@ class Optimizer:
                     "which capturable=True keeps on the GPU; pass a number, or lr as a GPU array"
                 )
         self._native.check_group(added, number, len(keys), self.capturable)
-        suffixes = _suffixes(structure, names, f"[{number}]" if self._grads_by_group else "")
+        suffixes = suffixes_of(structure, names, f"[{number}]" if self._grads_by_group else "")
         for param, suffix in zip(params, suffixes, strict=True):
             _core.check_parameter(param, suffix)
             if self.capturable and gpu.is_on_host(param):
@@ -821,37 +822,6 @@ class AdamW(Adam):
             master_weights=master_weights,
             seed=seed,
         )
-
-
-def _are_groups(params: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
-    return (
-        isinstance(params, list | tuple)
-        and len(params) > 0
-        and all(isinstance(group, Mapping) for group in params)
-    )
-
-
-def _structure(params: Any) -> tuple[str, list[str | None], list[Any]]:
-    """Return how a group's parameters were given, their names and the arrays."""
-    if isinstance(params, Mapping):
-        for name in params:
-            if not isinstance(name, str):
-                raise TypeError(f"params: names must be strings, got {name!r}")
-        structure, names, arrays = "dict", list(params), list(params.values())
-    elif isinstance(params, list | tuple):
-        structure, names, arrays = "list", [None] * len(params), list(params)
-    else:
-        return "array", [None], [params]
-    if not arrays:
-        raise ValueError("params: no arrays")
-    return structure, names, arrays
-
-
-def _suffixes(structure: str, names: Sequence[str | None], where: str) -> list[str]:
-    """Return what follows "params" or "grads" where an error names one of the arrays."""
-    if structure == "array":
-        return [where]
-    return [f"{where}[{i if name is None else name!r}]" for i, name in enumerate(names)]
 
 
 def _warn_of_rounding(

@@ -21,7 +21,7 @@ from .layout import Part, cut
 from .norm import global_norm
 
 if TYPE_CHECKING:
-    from ..optim import Grads, Params
+    from ..structure import Grads, Params
     from .checkpoint import Loaded
 
 BUCKET_BYTES = 16 << 20

@@ -26,7 +26,7 @@ from .storage import PlacedStorage, StateDirectory, in_memory_order, in_order_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..optim import Grads, Params
+    from ..structure import Grads, Params
 
 BUCKET_BYTES = 16 << 20
 
