@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import narrow
 from ..distributed.boundary import address_of
-from ..optim import Optimizer
+from ..optimizer import Optimizer
 from ..step_info import StepInfo
 from .boundary import Gradient, Parameters
 from .device import Device
