@@ -126,6 +126,11 @@ class GD(Optimizer):
     def _make_native(self) -> Any:
         return _core.GdOptimizer(seed=self._storage.seed)
 
+    def _entry_from_pytorch(self, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+        there = {key: value for key, value in entry.items() if value is not None}
+        # PyTorch keeps no count here. One step says that the momentum goes on.
+        return {"step": int("momentum_buffer" in there), **there}
+
 
 SGD = GD
 

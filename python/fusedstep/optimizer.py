@@ -330,7 +330,8 @@ class Optimizer:
         Parameters
         ----------
         state_dict : dict
-            As `state_dict` returns it, or `torch.optim.Adam` or `AdamW` of the same decay.
+            As `state_dict` returns it, or `torch.optim.SGD`, `Adam` or `AdamW` (of the same decay).
+            PyTorch's SGD counts no steps: where it has a momentum, one counts as taken.
 
         Raises
         ------
@@ -387,8 +388,13 @@ class Optimizer:
             indices = _matched_indices(own, saved, where)
             for param, index in zip(own["params"], indices, strict=True):
                 entry = state_dict["state"].get(index, {"step": 0})
+                entry_name = f"state_dict: state[{index}]"
+                if not isinstance(entry, Mapping):
+                    raise TypeError(f"{entry_name}: expected a dict, got {type(entry).__name__}")
+                if "foreach" in saved:
+                    entry = self._entry_from_pytorch(entry)
                 checked, step = self._checked_entry(
-                    entry, param, self._arrays[len(arrays)], f"state_dict: state[{index}]"
+                    entry, param, self._arrays[len(arrays)], entry_name
                 )
                 arrays.append(checked)
                 steps.append(step)
@@ -429,6 +435,10 @@ class Optimizer:
         """Return the hyper-parameters of a group that PyTorch saved."""
         return {key: value for key, value in saved.items() if key not in _PYTORCHS_OWN}
 
+    def _entry_from_pytorch(self, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the state of a parameter that PyTorch saved, with its step count."""
+        return entry
+
     def _checked_entry(
         self, entry: Mapping[str, Any], param: Array, own: Mapping[str, Any], where: str
     ) -> tuple[Mapping[str, Any], int]:
@@ -436,8 +446,6 @@ class Optimizer:
 
         A moment in another format than this optimizer's is converted.
         """
-        if not isinstance(entry, Mapping):
-            raise TypeError(f"{where}: expected a dict, got {type(entry).__name__}")
         step = _checked_step(entry.get("step"), where)
         moments = {key for key in own if not key.endswith(narrow.UNITS)}
         known = moments | {key + narrow.UNITS for key in moments} | {"step", narrow.ORDER}
