@@ -19,6 +19,7 @@ from ..step_info import StepInfo
 from .boundary import Gradient, Parameters
 from .device import Device
 from .layout import BLOCK, Piece, cut, places
+from .norm import norm_of
 from .overlap import Overlap
 from .pipeline import BucketStep, Numbers, Pipeline
 from .storage import PlacedStorage, StateDirectory, in_memory_order, in_order_of
@@ -636,26 +637,6 @@ class OffloadedOptimizer:
         ]
         name = f"{type(self).__name__}({type(self._inner).__name__},"
         return "\n".join([name, *lines, ")"])
-
-
-def norm_of(grads: Sequence[Gradient | None], sums: Sequence[NDArray[Any]]) -> float:
-    """Return the norm of all gradients from the sums of the squares of their blocks.
-
-    They are added in the order of csrc/core/norm.hpp.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        of_gradients = [
-            sum_in_pairs(own) for grad, own in zip(grads, sums, strict=True) if grad and own.size
-        ]
-        return math.sqrt(sum_in_pairs(np.array(of_gradients)))
-
-
-def sum_in_pairs(values: NDArray[Any]) -> float:
-    """Add neighbours until one value is left."""
-    while values.size > 1:
-        rest = values[values.size // 2 * 2 :]
-        values = np.concatenate([values[:-1:2] + values[1::2], rest])
-    return float(values[0]) if values.size else 0.0
 
 
 def _zeros(size: int) -> NDArray[np.uint8]:
