@@ -21,7 +21,7 @@ import fusedstep as fs
 from fusedstep import _core
 from fusedstep.offload import HostDevice, OffloadedOptimizer
 from fusedstep.offload.layout import BLOCK, cut, places
-from fusedstep.offload.optimizer import sum_in_pairs
+from fusedstep.offload.norm import sum_in_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:params.*so that a step smaller:UserWarning")
 

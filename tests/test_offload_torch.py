@@ -414,18 +414,19 @@ def test_state_goes_to_other_optimizers_and_back(dtype, storage, tmp_path):
     assert_same(other, plain)
 
 
-def test_state_of_torch_optim_is_taken_and_given():
+@pytest.mark.parametrize(("name", "options"), [("AdamW", {}), ("SGD", {"momentum": 0.9})])
+def test_state_of_torch_optim_is_taken_and_given(name, options):
     theirs, ours = net(), net()
-    adamw = torch.optim.AdamW(theirs.parameters(), lr=0.01)
+    reference = getattr(torch.optim, name)(theirs.parameters(), lr=0.01, **options)
     loss_of(theirs, 0).backward()
-    adamw.step()
+    reference.step()
     ours.load_state_dict(theirs.state_dict())
-    offloaded = OffloadedOptimizer(fs.AdamW, ours.parameters(), lr=0.5)
-    offloaded.load_state_dict(adamw.state_dict())
+    offloaded = OffloadedOptimizer(getattr(fs, name), ours.parameters(), lr=0.5, **options)
+    offloaded.load_state_dict(reference.state_dict())
     assert offloaded.param_groups[0]["lr"] == 0.01
-    back = torch.optim.AdamW(copy.deepcopy(ours).parameters())
+    back = getattr(torch.optim, name)(copy.deepcopy(ours).parameters())
     back.load_state_dict(offloaded.state_dict())
-    for model, optimizer in ((theirs, adamw), (ours, offloaded)):
+    for model, optimizer in ((theirs, reference), (ours, offloaded)):
         model.zero_grad()
         loss_of(model, 1).backward()
         optimizer.step()

@@ -1,5 +1,7 @@
 """A hundred steps beside PyTorch's optimizers, with every combination of the options both have."""
 
+import pickle
+
 import numpy as np
 import pytest
 from helpers import GD_CHOICES, combinations, describe
@@ -80,21 +82,28 @@ def test_8_bit_moments_load_beside_a_tensor_as_beside_an_array(transposed):
         assert ours.tolist() == theirs.tolist()
 
 
-SAVED = {
-    "foreach": {"foreach": True},
-    "fused": {"fused": True, "maximize": True},
-    "amsgrad": {"amsgrad": True, "betas": (0.3, 0.9)},
-    "tensor lr": {"lr": torch.tensor(0.02, dtype=torch.float64), "weight_decay": 0.1},
-}
+ADAM_SAVED = [
+    {"foreach": True},
+    {"fused": True, "maximize": True},
+    {"amsgrad": True, "betas": (0.3, 0.9)},
+    {"lr": torch.tensor(0.02, dtype=torch.float64), "weight_decay": 0.1},
+]
+SGD_SAVED = [
+    {"weight_decay": 0.1},
+    {"momentum": 0.9, "dampening": 0.5, "maximize": True},
+    {"momentum": 0.9, "nesterov": True, "fused": True},
+    {"momentum": 0.5, "lr": torch.tensor(0.02, dtype=torch.float64), "foreach": True},
+]
+SAVED = [(name, options) for name in ("Adam", "AdamW") for options in ADAM_SAVED]
+SAVED += [("SGD", options) for options in SGD_SAVED]
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
-@pytest.mark.parametrize("saved", SAVED)
-def test_arrays_go_on_from_what_pytorch_saved(name, saved):
+@pytest.mark.parametrize(("name", "options"), SAVED, ids=str)
+def test_arrays_go_on_from_what_pytorch_saved(name, options):
     rng = np.random.default_rng(0)
     params = {n: rng.standard_normal(s) for n, s in (("a", (4, 3)), ("b", 5), ("unused", 2))}
     tensors = {n: torch.nn.Parameter(torch.from_numpy(a.copy())) for n, a in params.items()}
-    reference = getattr(torch.optim, name)(tensors.items(), **SAVED[saved])
+    reference = getattr(torch.optim, name)(tensors.items(), **options)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(reference, 0.1, 9, cycle_momentum=False)
 
     def gradients():
@@ -111,9 +120,12 @@ def test_arrays_go_on_from_what_pytorch_saved(name, saved):
         scheduler.step()
     for n, tensor in tensors.items():
         params[n][...] = tensor.detach().numpy()
-    optimizer = getattr(fs, name)(params, amsgrad=saved == "amsgrad")
+    # What decides which state there is has to be the same.
+    own = {key: value for key, value in options.items() if key in ("amsgrad", "momentum")}
+    optimizer = getattr(fs, name)(params, **own)
     optimizer.load_state_dict(reference.state_dict())
-    assert [entry["step"] for entry in optimizer.state.values()] == [3, 3, 0]
+    counted = int("momentum" in options) if name == "SGD" else 3  # SGD counts no steps
+    assert [entry["step"] for entry in optimizer.state.values()] == [counted, counted, 0]
     for _ in range(3):
         grads = gradients()
         optimizer.step(grads)
@@ -140,3 +152,54 @@ def test_what_pytorch_saved_of_another_decay_is_refused(name, other):
     del saved["param_groups"][0]["elsewhere"]
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["weight_decay"] == saved["param_groups"][0]["weight_decay"]
+
+
+def test_a_momentum_of_none_which_older_pytorch_saved_is_none():
+    saved = torch.optim.SGD([torch.ones(3)], lr=0.5).state_dict()
+    saved["state"] = {0: {"momentum_buffer": None}}
+    for options in ({}, {"momentum": 0.9}):
+        optimizer = fs.SGD([np.ones(3)], **options)
+        saved["param_groups"][0]["momentum"] = options.get("momentum", 0)
+        optimizer.load_state_dict(saved)
+        assert optimizer.state[0]["step"] == 0
+        assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def without_momentum(saved):
+    saved["param_groups"][0]["momentum"] = 0.0
+
+
+def with_entry(**entry):
+    return lambda saved: saved["state"][1].update(entry)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (without_momentum, ValueError, "make it with the same momentum"),
+        (lambda saved: saved["param_groups"][0].update(elsewhere=1), ValueError, "'elsewhere'"),
+        (lambda saved: saved["param_groups"][0].update(momentum=-1.0), ValueError, "momentum"),
+        (lambda saved: saved["param_groups"][0].pop("nesterov"), ValueError, "no 'nesterov'"),
+        (lambda saved: saved["param_groups"][0]["params"].pop(), ValueError, "1 parameters"),
+        (lambda saved: saved["state"].update({1: None}), TypeError, "state.1.: expected a dict"),
+        (with_entry(momentum_buffer=torch.ones(5)), ValueError, "shape"),
+        (with_entry(momentum_buffer=torch.ones(4, dtype=torch.float64)), TypeError, "float64"),
+        (with_entry(momentum_buffer=None, step=1), ValueError, "no 'momentum_buffer'"),
+        (with_entry(step=-1), ValueError, "step: "),
+        (with_entry(exp_avg=torch.ones(4)), ValueError, "'exp_avg' is no state of this GD"),
+    ],
+)
+def test_state_of_pytorchs_sgd_that_does_not_fit_changes_nothing(change, error, text):
+    tensors = [torch.nn.Parameter(torch.ones(n)) for n in (3, 4)]
+    reference = torch.optim.SGD(tensors, lr=0.1, momentum=0.9)
+    for tensor in tensors:
+        tensor.grad = torch.ones_like(tensor)
+    reference.step()
+    optimizer = fs.SGD([np.ones(n, np.float32) for n in (3, 4)], lr=0.5, momentum=0.5)
+    optimizer.step([np.full(n, 2, np.float32) for n in (3, 4)])
+    saved = reference.state_dict()
+    change(saved)
+    before = pickle.dumps(optimizer)
+    with pytest.raises(error, match=text):
+        optimizer.load_state_dict(saved)
+    assert pickle.dumps(optimizer) == before

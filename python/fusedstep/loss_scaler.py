@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from .optim import Optimizer
+    from .optimizer import Optimizer
     from .step_info import StepInfo
 
 # The scale and its reciprocal are numbers of float32, neither 0 nor denormal.

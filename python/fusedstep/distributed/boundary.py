@@ -11,10 +11,10 @@ import numpy as np
 
 from .. import _core
 from ..gpu import to_host
-from ..optim import _are_groups, _structure, _suffixes
+from ..structure import are_groups, structure_of, suffixes_of
 
 if TYPE_CHECKING:
-    from ..optim import Params
+    from ..structure import Params
 
 
 class Spans:
@@ -84,7 +84,7 @@ class Parameters:
     """
 
     def __init__(self, params: Params) -> None:
-        self.by_group = _are_groups(params)
+        self.by_group = are_groups(params)
         groups: Any = params if self.by_group else [{"params": params}]
         self.structures: list[str] = []
         self.members: list[list[int]] = []
@@ -94,12 +94,12 @@ class Parameters:
         for number, group in enumerate(groups):
             if "params" not in group:
                 raise TypeError(f"param_groups[{number}]: expected a dict with 'params'")
-            structure, names, arrays = _structure(group["params"])
+            structure, names, arrays = structure_of(group["params"])
             self.structures.append(structure)
             self.members.append(list(range(len(self.arrays), len(self.arrays) + len(arrays))))
             self.arrays += map(as_array, arrays)
             self.names += names
-            self.suffixes += _suffixes(structure, names, f"[{number}]" if self.by_group else "")
+            self.suffixes += suffixes_of(structure, names, f"[{number}]" if self.by_group else "")
         for array, suffix in zip(self.arrays, self.suffixes, strict=True):
             _core.check_parameter(array, suffix)
             if module_of(array) is None or module_of(array) is not module_of(self.arrays[0]):

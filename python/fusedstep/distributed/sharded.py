@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__
-from ..optim import Optimizer
+from ..optimizer import Optimizer
 from ..step_info import StepInfo
 from .boundary import Parameters, module_of, pack
 from .engine import agree, as_engine
@@ -21,7 +21,7 @@ from .layout import Part, cut
 from .norm import global_norm
 
 if TYPE_CHECKING:
-    from ..optim import Grads, Params
+    from ..structure import Grads, Params
     from .checkpoint import Loaded
 
 BUCKET_BYTES = 16 << 20

@@ -14,19 +14,21 @@ import numpy as np
 
 from .. import narrow
 from ..distributed.boundary import address_of
-from ..optim import Optimizer
+from ..optimizer import Optimizer
 from ..step_info import StepInfo
 from .boundary import Gradient, Parameters
+from .bucket_step import bucket_step
 from .device import Device
-from .layout import BLOCK, Piece, cut, places
+from .layout import BLOCK, cut, places
+from .norm import norm_of
 from .overlap import Overlap
-from .pipeline import BucketStep, Numbers, Pipeline
-from .storage import PlacedStorage, StateDirectory, in_memory_order, in_order_of
+from .pipeline import Numbers, Pipeline
+from .storage import PlacedStorage, StateDirectory, in_order_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..optim import Grads, Params
+    from ..structure import Grads, Params
 
 BUCKET_BYTES = 16 << 20
 
@@ -193,7 +195,9 @@ class OffloadedOptimizer:
             inner._grads_by_group = True
             for group in self._grouped(groups, host):
                 inner._add_group(group)
-        self._pipeline.steps = [self._bucket_step(bucket.pieces) for bucket in buckets]
+        self._pipeline.steps = [
+            bucket_step(inner, params, self._host, bucket.pieces) for bucket in buckets
+        ]
         self.param_groups = []
         for group, structure, members in zip(
             inner.param_groups, params.structures, params.members, strict=True
@@ -207,44 +211,6 @@ class OffloadedOptimizer:
             self._take_hyper(saved["groups"])
             self._pipeline.write_params()
             self._stamps = self._stamped()
-
-    def _bucket_step(self, pieces: Sequence[Piece]) -> BucketStep:
-        """Make the native optimizer of the pieces of a bucket."""
-        params, inner = self._params, self._inner
-        step = BucketStep(inner._make_native(), [], [], [])
-        for g in sorted({params.group_of[piece.param] for piece in pieces}):
-            order = [i for i, piece in enumerate(pieces) if params.group_of[piece.param] == g]
-            keys = inner._state_keys(inner.param_groups[g])
-            arrays, state, extras, suffixes = [], [], [], []
-            for i in order:
-                piece = pieces[i]
-                param, own = params.arrays[piece.param], inner._arrays[piece.param]
-                cut_out = {
-                    key: in_memory_order(param, array)[_part(array, key, piece)]
-                    for key, array in own.items()
-                }
-                end = (
-                    piece.offset + (piece.stop - piece.start) * params.dtypes[piece.param].itemsize
-                )
-                arrays.append(self._host[piece.offset : end].view(params.dtypes[piece.param]))
-                state.append([cut_out[key] for key in keys])
-                beside = cut_out.get("master", cut_out.get("correction"))
-                extras.append([beside, None, *(cut_out.get(key + narrow.UNITS) for key in keys)])
-                suffixes.append(params.suffixes[piece.param])
-            step.native.add_group(
-                "list",
-                arrays,
-                [None] * len(arrays),
-                [list(of_key) for of_key in zip(*state, strict=True)],
-                suffixes,
-                None,
-                [list(of_stream) for of_stream in zip(*extras, strict=True)],
-                inner._storage.master_weights == "stochastic",
-            )
-            step.groups.append(g)
-            step.params.append(arrays)
-            step.order.append(order)
-        return step
 
     def step(
         self,
@@ -638,33 +604,8 @@ class OffloadedOptimizer:
         return "\n".join([name, *lines, ")"])
 
 
-def norm_of(grads: Sequence[Gradient | None], sums: Sequence[NDArray[Any]]) -> float:
-    """Return the norm of all gradients from the sums of the squares of their blocks.
-
-    They are added in the order of csrc/core/norm.hpp.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        of_gradients = [
-            sum_in_pairs(own) for grad, own in zip(grads, sums, strict=True) if grad and own.size
-        ]
-        return math.sqrt(sum_in_pairs(np.array(of_gradients)))
-
-
-def sum_in_pairs(values: NDArray[Any]) -> float:
-    """Add neighbours until one value is left."""
-    while values.size > 1:
-        rest = values[values.size // 2 * 2 :]
-        values = np.concatenate([values[:-1:2] + values[1::2], rest])
-    return float(values[0]) if values.size else 0.0
-
-
 def _zeros(size: int) -> NDArray[np.uint8]:
     return narrow.new_array((size,), np.dtype(np.uint8))
-
-
-def _part(array: NDArray[Any], key: str, piece: Piece) -> slice:
-    """Return where a piece's elements of a state array are; units belong to whole parameters."""
-    return slice(None) if key.endswith(narrow.UNITS) else slice(piece.start, piece.stop)
 
 
 def _check_options(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .boundary import Parameters
+    from .bucket_step import BucketStep
     from .device import Bytes, Copy
 
 # How many buckets have a buffer in each direction.
@@ -51,27 +52,6 @@ class Feed:
         work = self._queue.get()
         self._ended = work is None
         return work
-
-
-class BucketStep(NamedTuple):
-    """The native optimizer of a bucket's pieces.
-
-    Attributes
-    ----------
-    native : object
-        Of `_core`.
-    groups : list of int
-        The optimizer's group that each of its groups is of.
-    params : list of list of numpy.ndarray
-        The pieces of each group, in host memory.
-    order : list of list of int
-        The pieces by their number in the bucket.
-    """
-
-    native: Any
-    groups: list[int]
-    params: list[list[NDArray[Any]]]
-    order: list[list[int]]
 
 
 class Numbers(NamedTuple):

@@ -349,7 +349,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         groups = [
             {
                 **{key: saved.get(key, own[key]) for key in self.defaults},
-                **{key: saved[key] for key in ("params", "param_names") if key in saved},
+                **{k: saved[k] for k in ("params", "param_names", "foreach") if k in saved},
             }
             for own, saved in zip(core_groups, saved_groups, strict=False)
         ]
