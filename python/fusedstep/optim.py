@@ -9,8 +9,6 @@ import numpy as np
 
 from . import _core, narrow
 from .optimizer import Optimizer
-from .optimizer import _checked_step as _checked_step
-from .optimizer import _warn_of_rounding as _warn_of_rounding
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import _core, gpu, narrow
-from .optim import _checked_step, _warn_of_rounding
+from .optimizer import _checked_step, _warn_of_rounding
 from .step_count import StepCount
 
 __all__ = ["GD", "SGD", "Adam", "AdamW"]
