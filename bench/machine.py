@@ -1,5 +1,6 @@
 """What the figures were measured on and with."""
 
+import json
 import os
 import platform
 import time
@@ -92,3 +93,12 @@ def describe() -> dict[str, Any]:
         "threads": config["num_threads"],
         "packages": versions,
     }
+
+
+def write_record(folder: Path, kind: str, device: str, record: dict[str, Any]) -> Path:
+    """Write what was measured on a device and a day, and return where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
+    path = folder / f"{kind}-{slug}-{record['date']}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path

@@ -7,8 +7,6 @@ same values in one process. A peer that does not change its parameters is not ti
 import argparse
 import datetime
 import importlib
-import json
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,6 +19,7 @@ import fusedstep as fs
 from fusedstep.narrow import bfloat16
 
 from . import machine
+from .peers import DeepSpeed, updates
 from .timing import Step, interleaved
 from .workloads import BETAS, EPS, LR
 
@@ -86,10 +85,8 @@ def torch_fused(torch: Any, tensors: list[Any]) -> Any:
     return torch.optim.Adam(tensors, lr=LR, betas=BETAS, eps=EPS, fused=True)
 
 
-def deepspeed(torch: Any, tensors: list[Any]) -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
-    return adam(tensors, lr=LR, betas=BETAS, eps=EPS, adamw_mode=False)
+def deepspeed(_: Any, tensors: list[Any]) -> Any:
+    return DeepSpeed().optimizer(tensors)
 
 
 PEERS = {
@@ -109,10 +106,7 @@ def contenders(elements: int, say: Callable[[str], None]) -> dict[str, Step]:
         except Exception as error:  # whatever keeps a peer from running is its reason
             say(f"{name}: missing ({type(error).__name__}: {str(error).splitlines()[:1]})")
             continue
-        before = param.copy()
-        for _ in range(3):
-            step()
-        if (param != before).mean() < 0.5:  # bfloat16 loses some steps, not most
+        if not updates(step, [param]):
             say(f"{name}: does not update its parameters, not timed")
             continue
         steps[name] = step
@@ -161,14 +155,9 @@ def main() -> None:
                 f"{elements:>11,} {contender} / {other}: {measured:.2f} "
                 f"(at least {factor}) {'met' if measured >= factor else 'NOT MET'}"
             )
-    args.output.mkdir(parents=True, exist_ok=True)
-    described = machine.describe()
-    slug = "-".join("".join(c if c.isalnum() else " " for c in described["cpu"].lower()).split())
     date = datetime.date.today().isoformat()
-    path = args.output / f"narrow-{slug}-{date}.json"
-    record = {"date": date, **described, "cases": cases, "requirements": rows}
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {path}")
+    record = {"date": date, **machine.describe(), "cases": cases, "requirements": rows}
+    print(f"wrote {machine.write_record(args.output, 'narrow', record['cpu'], record)}")
 
 
 if __name__ == "__main__":

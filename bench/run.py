@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -134,12 +133,8 @@ def write(record: dict[str, Any], folder: Path, kind: str) -> None:
     """Write a record and its pictures, and print what was required."""
     from . import plot
 
-    folder.mkdir(parents=True, exist_ok=True)
-    slug = "-".join("".join(c if c.isalnum() else " " for c in record[kind].lower()).split())
-    stem = f"{kind}-{slug}-{record['date']}"
-    path = folder / f"{stem}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    pictures = plot.draw(record, folder, stem)
+    path = machine.write_record(folder, kind, record[kind], record)
+    pictures = plot.draw(record, folder, path.stem)
     print_requirements(record["requirements"])
     print("\n".join(f"wrote {file}" for file in (path, *pictures)))
 

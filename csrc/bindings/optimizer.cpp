@@ -171,24 +171,24 @@ public:
     // For each of PyTorch's groups: how many of the groups here have its parameters, and pairs of a tensor and the
     // number of its parameter, or -1 where no gradient is expected. `state` is the items of the state as PyTorch has
     // it, `counts` the step count of each parameter in PyTorch's memory, or None; where a group's steps are counted on
-    // the GPU, `group_counts` has a vector there for those of its parameters, or None. `as_array` makes an array of a
-    // tensor.
+    // the GPU, `group_counts` has a vector there for those of its parameters, or None. `versioned` has a tensor for
+    // each parameter that is to be returned where it was stepped. `as_array` makes an array of a tensor.
     void watch_tensors(const py::list& groups, const py::list& state, const py::list& counts,
-                       const py::list& group_counts, const py::object& as_array) {
+                       const py::list& group_counts, const py::list& versioned, const py::object& as_array) {
         const std::lock_guard<Optimizer> lock(*this);
-        std::vector<py::object> watched_tensors(parameters_.size());
         for (const py::handle group : groups) {
             WatchedGroup& watched = watched_groups_.emplace_back();
             const auto pair = py::reinterpret_borrow<py::tuple>(group);
             watched.groups = pair[0].cast<int64_t>();
             for (const py::handle item : pair[1]) {
                 const auto tensor = py::reinterpret_borrow<py::tuple>(item);
-                watched.tensors.push_back({tensor[0], tensor[1].cast<int64_t>()});
-                if (watched.tensors.back().parameter >= 0)
-                    watched_tensors[watched.tensors.back().parameter] = tensor[0];
+                const auto number = tensor[1].cast<int64_t>();
+                const DType dtype = number < 0 ? DType::float32 : parameters_[number].view.dtype;
+                watched.tensors.push_back({tensor[0], number, dtype});
+                dlpack::Tensor description;
+                if (tensor_reader_.read(tensor[0], description)) watched.tensors.back().shape = description.shape;
             }
         }
-        for (const py::object& tensor : watched_tensors) watched_tensors_.append(tensor);
         for (const py::handle item : state) watched_state_.emplace_back(py::reinterpret_borrow<py::tuple>(item));
         for (const py::handle count : counts) {
             const bool counted = !count.is_none();
@@ -203,11 +203,12 @@ public:
                 groups_[g].counts = reinterpret_cast<float*>(view_array(own, {"counts"}, call_.gpu_arrays).data);
         }
         group_counts_ = group_counts;
+        versioned_ = versioned;
         as_array_ = as_array;
     }
 
-    // Returns the tensors that were stepped; None, and nothing changed, where tensors or state are not those that are
-    // watched, or some parameters have a gradient and others none whose steps a GPU counts together.
+    // Returns what `versioned` has for those that were stepped; None, and nothing changed, where tensors or state are
+    // not those that are watched, or some parameters have a gradient and others none whose steps a GPU counts together.
     //
     // `loss_scaling` is None, or, for steps that are counted on a GPU, what a loss scaler has left there: the scale of
     // the gradients and whether one of them is not finite, each an array of one float32 or None.
@@ -232,7 +233,7 @@ public:
             const std::lock_guard<Optimizer> lock(*this);
             as_watched =
                 is_state_as_watched(state) && gather_tensors(param_groups, prepared) && are_stepped_together(prepared);
-            if (as_watched) run(prepared, {}, scaling);
+            if (as_watched && !run_usual_tensors(prepared)) run(prepared, {}, scaling);
         }
         const py::object stepped = as_watched ? stepped_tensors(prepared) : py::object(py::none());
         end(prepared);
@@ -340,6 +341,11 @@ private:
     struct WatchedTensor {
         py::object tensor;
         int64_t parameter;
+        DType dtype;
+        // Where a description has the shape, which is a part of the tensor; and of the last gradient, to be fetched.
+        const int64_t* shape = nullptr;
+        const int64_t* gradient_shape = nullptr;
+        const PyObject* gradient = nullptr;
     };
 
     struct WatchedGroup {
@@ -432,61 +438,85 @@ private:
         prepared.gradients.assign(parameters_.size(), py::none());
         prepared.memory.assign(parameters_.size(), nullptr);
         for (size_t g = 0; g < watched_groups_.size(); ++g) {
-            const std::vector<WatchedTensor>& tensors = watched_groups_[g].tensors;
+            std::vector<WatchedTensor>& tensors = watched_groups_[g].tensors;
             PyObject* const params =
                 PyDict_GetItemWithError(PyList_GET_ITEM(param_groups.ptr(), g), keys().params.ptr());
             if (params == nullptr || !PyList_Check(params) ||
                 PyList_GET_SIZE(params) != static_cast<py::ssize_t>(tensors.size()))
                 return false;
             for (size_t i = 0; i < tensors.size(); ++i) {
-                if (i + 8 < tensors.size()) __builtin_prefetch(tensors[i + 8].tensor.ptr());
-                const auto& [tensor, parameter] = tensors[i];
-                if (PyList_GET_ITEM(params, i) != tensor.ptr()) return false;
-                py::object gradient = tensor_reader_.gradient(tensor);
+                if (i + 8 < tensors.size()) prefetch_tensor(tensors[i + 8]);
+                WatchedTensor& watched = tensors[i];
+                if (PyList_GET_ITEM(params, i) != watched.tensor.ptr()) return false;
+                py::object gradient = tensor_reader_.gradient(watched.tensor);
                 if (gradient.is_none()) continue;
-                if (parameter < 0 || !find_tensor_gradient(parameter, tensor, gradient, prepared)) return false;
-                prepared.gradients[parameter] = std::move(gradient);
+                if (watched.parameter < 0 || !find_tensor_gradient(watched, gradient, prepared)) return false;
+                prepared.gradients[watched.parameter] = std::move(gradient);
             }
         }
         return true;
     }
 
+    // What looking at a tensor and its gradient fetches.
+    void prefetch_tensor(const WatchedTensor& watched) const {
+        __builtin_prefetch(watched.tensor.ptr());
+        __builtin_prefetch(watched.gradient);
+        if (watched.parameter >= 0) __builtin_prefetch(counts_[watched.parameter].memory);
+        for (const int64_t* const shape : {watched.shape, watched.gradient_shape}) {
+            if (shape == nullptr) continue;
+            __builtin_prefetch(shape - 8);
+            __builtin_prefetch(shape);
+            __builtin_prefetch(shape + 8);
+        }
+    }
+
     py::list stepped_tensors(const Preparation& prepared) const {
         const auto& gradients = prepared.gradients;
         if (std::none_of(gradients.begin(), gradients.end(), [](const py::object& g) { return g.is_none(); }))
-            return watched_tensors_;
+            return versioned_;
         py::list stepped;
         for (size_t i = 0; i < gradients.size(); ++i) {
-            if (!gradients[i].is_none()) stepped.append(watched_tensors_[i]);
+            if (!gradients[i].is_none()) stepped.append(versioned_[i]);
         }
         return stepped;
     }
 
     // Finds where a gradient lies, if parameter and gradient are as usual, or makes an array of it. False if the
     // parameter is not as it was.
-    bool find_tensor_gradient(int64_t i, py::handle tensor, py::object& gradient, Preparation& prepared) {
-        const Parameter& parameter = parameters_[i];
+    bool find_tensor_gradient(WatchedTensor& watched, py::object& gradient, Preparation& prepared) {
+        const int64_t i = watched.parameter;
+        Watch& watch = watches_[i];
+        const py::ssize_t* const shape = shapes_.data() + watch.shape;
+        const auto is_usual = [&](py::handle tensor, dlpack::Tensor& description) {
+            return watch.usual && tensor_reader_.read(tensor, description) &&
+                   is_contiguous(description, watched.dtype, shape, watch.dimensions);
+        };
         read_count(i);
         dlpack::Tensor p, g;
-        if (parameter.c_contiguous && tensor_reader_.read(tensor, p) && is_contiguous_like(p, parameter.view)) {
-            if (watches_[i].bytes == 0) {
-                prepared.memory[i] = parameter.view.data;  // an empty tensor has none of its own
+        if (is_usual(watched.tensor, p)) {
+            // Another tensor may have been put in its place, even one of the same memory.
+            if (p.shape != watched.shape) return false;
+            if (watch.bytes == 0) {
+                prepared.memory[i] = parameters_[i].view.data;  // an empty tensor has none of its own
                 return true;
             }
-            if (dlpack::memory(p) != parameter.view.data) return false;
-            if (tensor_reader_.read(gradient, g) && is_contiguous_like(g, parameter.view)) {
+            if (dlpack::memory(p) != watch.data) return false;
+            if (is_usual(gradient, g)) {
+                watched.gradient_shape = g.shape;
+                watched.gradient = gradient.ptr();
                 char* const data = dlpack::memory(g);
-                if (data < watches_[i].gap_begin || data + watches_[i].bytes > watches_[i].gap_end) {
-                    ArrayView view = parameter.view;
+                if (data < watch.gap_begin || data + watch.bytes > watch.gap_end) {
+                    ArrayView view = parameters_[i].view;
                     view.data = data;
                     view.object = gradient;
-                    check_gradient_memory(watches_[i], view, {"grads", -1, &parameter.suffix});
+                    check_gradient_memory(watch, view, {"grads", -1, &parameters_[i].suffix});
                 }
                 prepared.memory[i] = data;
                 return true;
             }
         } else {
-            const py::object array = as_array_(tensor);
+            const Parameter& parameter = parameters_[i];
+            const py::object array = as_array_(watched.tensor);
             if (!unchanged(parameter, view_array(array, {"params", -1, &parameter.suffix}, call_.gpu_arrays)))
                 return false;
         }
@@ -505,6 +535,10 @@ private:
         steps_[i] = static_cast<int64_t>(*count);
     }
 
+    void write_count(int64_t i) {
+        if (counts_[i].memory != nullptr) *counts_[i].memory = static_cast<float>(steps_[i]);
+    }
+
     // The usual step: nothing is new but where the gradients lie. False, and nothing is done, where that is not so: the
     // general step looks closer, and says what is wrong.
     //
@@ -517,24 +551,49 @@ private:
         if (!one_job_) return false;
         call_.clear();
         if (!find_usual_groups(grads, nested, prepared)) return false;
-        const Job job{watches_[0].rule,
-                      watches_[0].dtype,
-                      tensors_.data(),
-                      ends_.data(),
-                      static_cast<int64_t>(ends_.size()),
-                      false};
-        for (size_t g = 0; g < groups_.size(); ++g) {
-            call_.next_hyper();
-            usual_groups_[g].scalars = call_.scalars_of(prepared.groups[g].hyper, groups_[g].latest + 1, job.dtype);
-        }
+        const Job job = usual_job();
+        for (size_t g = 0; g < groups_.size(); ++g) usual_groups_[g].scalars = usual_scalars(prepared, g);
         if (!find_usual_gradients(job)) return false;
         if (cpu::is_long(job.bytes())) hold_usual_gradients(prepared);
         call_.run(job);
+        count_usual_step();
+        return true;
+    }
+
+    // The same of tensors of PyTorch, whose gradients have been found.
+    bool run_usual_tensors(const Preparation& prepared) {
+        if (!one_job_) return false;
+        call_.clear();
+        for (size_t g = 0; g < groups_.size(); ++g) {
+            const Group<Hyper>& group = groups_[g];
+            const void* const scalars = usual_scalars(prepared, g);
+            for (int64_t i = group.first; i < group.first + group.count; ++i) {
+                if (prepared.memory[i] == nullptr || steps_[i] != group.latest) return false;
+                tensors_[i].streams[gradient_stream] = prepared.memory[i];
+                tensors_[i].scalars = scalars;
+            }
+        }
+        call_.run(usual_job());
+        count_usual_step();
+        for (size_t i = 0; i < steps_.size(); ++i) write_count(i);
+        return true;
+    }
+
+    Job usual_job() const {
+        const Watch& first = watches_[0];
+        return {first.rule, first.dtype, tensors_.data(), ends_.data(), static_cast<int64_t>(ends_.size()), false};
+    }
+
+    const void* usual_scalars(const Preparation& prepared, size_t g) {
+        call_.next_hyper();
+        return call_.scalars_of(prepared.groups[g].hyper, groups_[g].latest + 1, watches_[0].dtype);
+    }
+
+    void count_usual_step() {
         for (Group<Hyper>& group : groups_) {
             ++group.latest;
             std::fill_n(steps_.begin() + group.first, group.count, group.latest);
         }
-        return true;
     }
 
     bool find_usual_groups(py::handle& grads, bool nested, const Preparation& prepared) {
@@ -638,8 +697,7 @@ private:
             for (int64_t i = group.first; i < group.first + group.count; ++i) {
                 if (prepared.gradients[i].is_none()) continue;
                 group.latest = std::max(group.latest, ++steps_[i]);
-                if (!counts_.empty() && counts_[i].memory != nullptr)
-                    *counts_[i].memory = static_cast<float>(steps_[i]);
+                if (!counts_.empty()) write_count(i);
             }
         }
         return outcome;
@@ -882,7 +940,7 @@ private:
     std::vector<WatchedGroup> watched_groups_;
     std::vector<WatchedEntry> watched_state_;
     uint64_t state_version_ = 0;  // when it was compared
-    py::list watched_tensors_;    // of each parameter
+    py::list versioned_;          // of each parameter, what has the version counter of its tensor
     std::vector<Count> counts_;
     py::list group_counts_;  // which keeps them
     py::object as_array_;

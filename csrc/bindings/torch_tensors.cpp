@@ -10,18 +10,18 @@ dlpack::DataType dlpack_type(DType dtype) {
 
 }  // namespace
 
-bool is_contiguous_like(const dlpack::Tensor& tensor, const ArrayView& view) {
-    const dlpack::DataType type = dlpack_type(view.dtype);
-    if (tensor.device.type != dlpack::cpu || view.device != ArrayView::host || tensor.dtype.code != type.code ||
-        tensor.dtype.bits != type.bits || tensor.dtype.lanes != 1 || tensor.ndim != view.dimensions ||
-        reinterpret_cast<uintptr_t>(dlpack::memory(tensor)) % item_size(view.dtype) != 0) {
+bool is_contiguous(const dlpack::Tensor& tensor, DType dtype, const py::ssize_t* shape, int dimensions) {
+    const dlpack::DataType type = dlpack_type(dtype);
+    if (tensor.device.type != dlpack::cpu || tensor.dtype.code != type.code || tensor.dtype.bits != type.bits ||
+        tensor.dtype.lanes != 1 || tensor.ndim != dimensions ||
+        (reinterpret_cast<uintptr_t>(dlpack::memory(tensor)) & (item_size(dtype) - 1)) != 0) {
         return false;
     }
     int64_t stride = 1;
-    for (int d = tensor.ndim - 1; d >= 0; --d) {
-        if (tensor.shape[d] != view.shape[d]) return false;
-        if (tensor.strides != nullptr && tensor.shape[d] != 1 && tensor.strides[d] != stride) return false;
-        stride *= tensor.shape[d];
+    for (int d = dimensions - 1; d >= 0; --d) {
+        if (tensor.shape[d] != shape[d]) return false;
+        if (tensor.strides != nullptr && shape[d] != 1 && tensor.strides[d] != stride) return false;
+        stride *= shape[d];
     }
     return true;
 }

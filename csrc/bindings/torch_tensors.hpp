@@ -15,8 +15,8 @@ inline char* memory(const Tensor& tensor) { return static_cast<char*>(tensor.dat
 
 }  // namespace dlpack
 
-// Whether a tensor is in host memory, C-contiguous and aligned, of the type and shape of a view.
-bool is_contiguous_like(const dlpack::Tensor& tensor, const ArrayView& view);
+// Whether a tensor is in host memory, C-contiguous and aligned, of a type and shape.
+bool is_contiguous(const dlpack::Tensor& tensor, DType dtype, const py::ssize_t* shape, int dimensions);
 
 // It never lets go of a type, so it may end without the GIL.
 class TorchReader {

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils.dlpack import to_dlpack
 
 from . import _core, gpu, narrow
 from .optimizer import _checked_step, _warn_of_rounding
@@ -58,6 +59,7 @@ class _Optimizer(torch.optim.Optimizer):
     # Of what is bound: DTensors with their names, and whether one was made in inference mode.
     _distributed: list[tuple[torch.Tensor, str]]
     _inference = False
+    _held: list[Any]  # capsules of what has the parameters' version counters
     # What counts a parameter's steps on a GPU; and all there ever were, which a graph may hold.
     _counts: dict[torch.Tensor, StepCount]
     _all_counts: list[StepCount]
@@ -98,6 +100,7 @@ class _Optimizer(torch.optim.Optimizer):
     def _unbind(self) -> None:
         self._native = None
         self._distributed = []
+        self._held = []
         self._counts = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -192,7 +195,7 @@ class _Optimizer(torch.optim.Optimizer):
         stepped = self._step_native(scale, scaling)
         torch._C._increment_version(stepped)
         if self._distributed:
-            torch._C._increment_version([_local(param) for param in stepped])
+            torch._C._increment_version([_local(tensor) for tensor in stepped])
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -205,7 +208,7 @@ class _Optimizer(torch.optim.Optimizer):
         return torch.as_tensor(number, dtype=torch.float32).to(device, non_blocking=True)
 
     def _step_native(self, scale: float, scaling: Any) -> list[torch.Tensor]:
-        """Return the tensors that were stepped."""
+        """Return tensors that have the version counters of those that were stepped."""
         for param, suffix in self._distributed:
             _place_gradient(param, suffix)
         if self._native is not None and not (
@@ -281,6 +284,7 @@ class _Optimizer(torch.optim.Optimizer):
                 bound += part
             groups.append(len(parts))
         native.steps = [member.step for member in bound]
+        versioned = [_versioned(member) for member in bound]
         made = []
         for member in bound:
             if member.entry:
@@ -301,9 +305,11 @@ class _Optimizer(torch.optim.Optimizer):
                 for member in bound
             ],
             group_counts,
+            [tensor for tensor, _ in versioned],
             _array,
         )
         self._native = native
+        self._held = [capsule for _, capsule in versioned]
         self._counts = counts
         self._distributed = [(m.param, m.suffix) for m in bound if _is_distributed(m.param)]
         self._inference = any(member.param.is_inference() for member in bound)
@@ -679,6 +685,28 @@ def _stepped_together(members: Iterable[_Bound]) -> list[list[_Bound]]:
         key = (member.step if member.count is None else member.count, member.param.grad is None)
         parts.setdefault(key, []).append(member)
     return list(parts.values())
+
+
+def _versioned(member: _Bound) -> tuple[torch.Tensor, Any]:
+    """Return a tensor that has a parameter's version counter, and a capsule that holds it.
+
+    Raising the version of a tensor that C++ refers to as well takes half the time, since PyTorch
+    need not hold its Python object meanwhile. The parameter itself cannot be held like that:
+    `torch.utils.swap_tensors` refuses such tensors.
+    """
+    param, array = member.param, member.array
+    if (
+        type(param) not in (torch.Tensor, torch.nn.Parameter)
+        or param.is_inference()
+        # A step would not notice that these were swapped for an alias with a counter of its own.
+        or isinstance(array, torch.Tensor)
+        or not array.flags.c_contiguous
+        or not hasattr(param, "__dlpack_c_exchange_api__")
+    ):
+        return param, None
+    with torch.inference_mode(False):
+        alias = param.detach()
+    return alias, to_dlpack(alias)
 
 
 def _suffixes(group: Mapping[str, Any], number: int) -> list[str]:
