@@ -21,7 +21,7 @@ constexpr uint64_t epoch_of(uint64_t state) { return state >> 32; }
 
 // How long an idle worker looks for the next job before it sleeps: longer than the gap between the steps
 // of a tight loop, too short to be felt by anything else.
-constexpr int64_t spin_nanoseconds = 400'000;
+constexpr int64_t spin_nanoseconds = 1'000'000;
 
 inline void pause() {
 #if defined(__x86_64__)
