@@ -398,16 +398,37 @@ FUSEDSTEP_INLINE int lead_of(const Table& table, const E& entry, const Shared& s
     return in_packs ? lead_of(arrays[0], formats.item(0)) : 0;
 }
 
+// Sets elements of a dense array to zero, 16 bytes at a time but for those at the ends.
+template <class Item>
+FUSEDSTEP_INLINE void zero_elements(Item* array, int64_t begin, int64_t end, const Place& place) {
+    constexpr int lanes = pack_lanes<Item>;
+    constexpr uint32_t zeros[pack_bytes / sizeof(uint32_t)] = {};
+    const int64_t first = begin - lead_of(array + begin, sizeof(Item));
+    for (int64_t at = first + place.thread * lanes; at < end; at += place.threads * lanes) {
+        if (at >= begin && at + lanes <= end) {
+            write_elements<pack_bytes, pack_bytes>(zeros, reinterpret_cast<char*>(array + at));
+        } else {
+            for (int i = 0; i < lanes; ++i) {
+                if (at + i >= begin && at + i < end) array[at + i] = 0;
+            }
+        }
+    }
+}
+
 // Sets the gradient in a chunk to zero, without a step.
 template <class T, class Table, class E>
 FUSEDSTEP_INLINE void zero_chunk(const Table& table, const E& entry, int item, void* const* arrays, const Chunk& chunk,
                                  const Place& place) {
+    void* const gradient = arrays[gradient_stream];
+    const int64_t begin = chunk.begin < 0 ? 0 : chunk.begin;
     const Walk walk = walk_of(table, entry);
-    char* const gradient = static_cast<char*>(arrays[gradient_stream]);
-    for (int64_t at = chunk.begin + place.thread; at < chunk.end; at += place.threads) {
-        if (at < 0) continue;
-        char* const element = gradient + (walk.layout == nullptr ? at * item : walk.offset(gradient_stream, at));
-        if (item == 2)
+    if (walk.layout == nullptr) {
+        if (item == sizeof(uint16_t)) return zero_elements(static_cast<uint16_t*>(gradient), begin, chunk.end, place);
+        return zero_elements(static_cast<T*>(gradient), begin, chunk.end, place);
+    }
+    for (int64_t at = begin + place.thread; at < chunk.end; at += place.threads) {
+        char* const element = static_cast<char*>(gradient) + walk.offset(gradient_stream, at);
+        if (item == sizeof(uint16_t))
             *reinterpret_cast<uint16_t*>(element) = 0;
         else
             *reinterpret_cast<T*>(element) = T(0);
