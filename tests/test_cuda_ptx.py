@@ -130,12 +130,12 @@ def test_the_kernels_of_narrow_arrays_are_exact_and_keep_to_registers(stored_ker
             parameter, *others = [int(n) for n in re.findall(r"(?:FormatE|S4_)(\d)", formats)]
             lanes = 16 if SIGNED8 in others else 8
             packs = lanes * sum([*BYTES[parameter], *(b for f in others for b in BYTES[f])]) // 16
-            # The gradient is read, and written where it is set to zero; after a skipped step, as
-            # elements of either size.
-            assert (wide(count, "ld"), wide(count, "st")) == (packs, packs + 2), formats
-        else:  # eight elements of any size: of 4 bytes, two accesses, of 2, one, of 1, half a one
+            # The gradient is read, and written where it is set to zero; after a skipped step, 16
+            # bytes at a time.
+            assert (wide(count, "ld"), wide(count, "st")) == (packs, packs + 1), formats
+        else:  # sixteen elements of any size: of 4 bytes, four accesses, of 2, two, of 1, one
             read, written = STREAMS[rule]
-            expected = 3 * (read + 1), 3 * (written + 2) + 2  # and of what is beside the parameter
+            expected = 7 * (read + 1), 7 * (written + 2) + 1  # and of what is beside the parameter
             assert (wide(count, "ld"), wide(count, "st")) == expected, rule
         # All lanes of a warp exchange values, and none of them has left before.
         for mask in re.findall(r"shfl\.sync\.bfly\.b32\s+.*, (\S+);", body):

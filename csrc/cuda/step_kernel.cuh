@@ -276,6 +276,7 @@ private:
             units_[k] = 0;
             if (is_blockwise(formats_.of(k)) && count_ > 0)
                 units_[k] = static_cast<const float*>(arrays_[Rule::streams + k])[begin_ / block_elements];
+            if (k == 0 && formats_.extra(0) == sizeof(float)) continue;  // its master is all that is read of it
             FUSEDSTEP_UNROLL
             for (int p = 0; p < packs; ++p) read(k, walk(k), formats_.item(k), p, words_[p][k]);
         }
@@ -398,19 +399,17 @@ FUSEDSTEP_INLINE int lead_of(const Table& table, const E& entry, const Shared& s
     return in_packs ? lead_of(arrays[0], formats.item(0)) : 0;
 }
 
-// Sets elements of a dense array to zero, 16 bytes at a time but for those at the ends.
-template <class Item>
-FUSEDSTEP_INLINE void zero_elements(Item* array, int64_t begin, int64_t end, const Place& place) {
-    constexpr int lanes = pack_lanes<Item>;
+// Sets memory to zero, 16 bytes at a time but for the ends, which hold whole items of two bytes.
+FUSEDSTEP_INLINE void zero_memory(char* memory, int bytes, const Place& place) {
     constexpr uint32_t zeros[pack_bytes / sizeof(uint32_t)] = {};
-    const int64_t first = begin - lead_of(array + begin, sizeof(Item));
-    for (int64_t at = first + place.thread * lanes; at < end; at += place.threads * lanes) {
-        if (at >= begin && at + lanes <= end) {
-            write_elements<pack_bytes, pack_bytes>(zeros, reinterpret_cast<char*>(array + at));
-        } else {
-            for (int i = 0; i < lanes; ++i) {
-                if (at + i >= begin && at + i < end) array[at + i] = 0;
-            }
+    constexpr int item = sizeof(uint16_t);
+    for (int at = place.thread * pack_bytes - lead_of(memory, 1); at < bytes; at += place.threads * pack_bytes) {
+        if (at >= 0 && at + pack_bytes <= bytes) {
+            write_elements<pack_bytes, pack_bytes>(zeros, memory + at);
+            continue;
+        }
+        for (int i = at; i < at + pack_bytes; i += item) {
+            if (i >= 0 && i < bytes) *reinterpret_cast<uint16_t*>(memory + i) = 0;
         }
     }
 }
@@ -419,15 +418,13 @@ FUSEDSTEP_INLINE void zero_elements(Item* array, int64_t begin, int64_t end, con
 template <class T, class Table, class E>
 FUSEDSTEP_INLINE void zero_chunk(const Table& table, const E& entry, int item, void* const* arrays, const Chunk& chunk,
                                  const Place& place) {
-    void* const gradient = arrays[gradient_stream];
+    char* const gradient = static_cast<char*>(arrays[gradient_stream]);
     const int64_t begin = chunk.begin < 0 ? 0 : chunk.begin;
     const Walk walk = walk_of(table, entry);
-    if (walk.layout == nullptr) {
-        if (item == sizeof(uint16_t)) return zero_elements(static_cast<uint16_t*>(gradient), begin, chunk.end, place);
-        return zero_elements(static_cast<T*>(gradient), begin, chunk.end, place);
-    }
+    if (walk.layout == nullptr)
+        return zero_memory(gradient + begin * item, static_cast<int>(chunk.end - begin) * item, place);
     for (int64_t at = begin + place.thread; at < chunk.end; at += place.threads) {
-        char* const element = static_cast<char*>(gradient) + walk.offset(gradient_stream, at);
+        char* const element = gradient + walk.offset(gradient_stream, at);
         if (item == sizeof(uint16_t))
             *reinterpret_cast<uint16_t*>(element) = 0;
         else
