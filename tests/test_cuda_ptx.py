@@ -83,9 +83,9 @@ def test_dense_kernels_move_16_bytes_at_a_time(kernels):
             continue
         read, written = STREAMS[rule]
         # Once where all streams lie alike, once where each is as wide as its address allows. A
-        # gradient that is set to zero is written as well.
+        # gradient that is set to zero is written as well, and once more after a skipped step.
         assert wide(count, "ld") == 2 * read, f"{rule} {element}"
-        assert wide(count, "st") == 2 * (written + 1), f"{rule} {element}"
+        assert wide(count, "st") == 2 * (written + 1) + 1, f"{rule} {element}"
 
 
 def only_the_operations_of_the_rules(count, where, *, and_of_formats=False):
@@ -130,11 +130,12 @@ def test_the_kernels_of_narrow_arrays_are_exact_and_keep_to_registers(stored_ker
             parameter, *others = [int(n) for n in re.findall(r"(?:FormatE|S4_)(\d)", formats)]
             lanes = 16 if SIGNED8 in others else 8
             packs = lanes * sum([*BYTES[parameter], *(b for f in others for b in BYTES[f])]) // 16
-            # The gradient is read, and written where it is set to zero.
-            assert (wide(count, "ld"), wide(count, "st")) == (packs, packs), formats
-        else:  # eight elements of any size: of 4 bytes, two accesses, of 2, one, of 1, half a one
+            # The gradient is read, and written where it is set to zero; after a skipped step, 16
+            # bytes at a time.
+            assert (wide(count, "ld"), wide(count, "st")) == (packs, packs + 1), formats
+        else:  # sixteen elements of any size: of 4 bytes, four accesses, of 2, two, of 1, one
             read, written = STREAMS[rule]
-            expected = 3 * (read + 1), 3 * (written + 2)  # and of what is beside the parameter
+            expected = 7 * (read + 1), 7 * (written + 2) + 1  # and of what is beside the parameter
             assert (wide(count, "ld"), wide(count, "st")) == expected, rule
         # All lanes of a warp exchange values, and none of them has left before.
         for mask in re.findall(r"shfl\.sync\.bfly\.b32\s+.*, (\S+);", body):
@@ -151,6 +152,8 @@ def test_the_norm_is_added_in_float64_as_written(norm_ptx):
         assert not any(".ftz" in n or ".local" in n or ".approx" in n for n in count), name
         assert (count["fma.rn.f64"] > 0) == name.startswith("sum_blocks"), name
         assert not any(n.startswith("fma.rn.f32") for n in count), name
+        # Sixteen rows of a gradient on their way, for each type that one may have.
+        assert wide(count, "ld") == (4 * 16 if name.startswith("sum_blocks") else 0), name
     end = Counter(INSTRUCTION.findall(dict(bodies)["end_norm_kernel"]))
     assert end["sqrt.rn.f64"] == end["div.rn.f64"] == 1
 

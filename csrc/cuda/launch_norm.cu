@@ -9,6 +9,7 @@ namespace fusedstep::cuda {
 namespace {
 
 constexpr int block_threads = 256;
+constexpr int least_blocks = 2;  // as for the kernels of a step
 constexpr int sum_threads = 1024;
 
 __device__ Place place() {
@@ -16,7 +17,7 @@ __device__ Place place() {
 }
 
 template <class Table>
-__global__ void __launch_bounds__(block_threads) sum_blocks_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(block_threads, least_blocks) sum_blocks_kernel(const __grid_constant__ Table table) {
     sum_blocks(table, place(), Warp{});
 }
 

@@ -12,99 +12,167 @@ namespace fusedstep::cuda {
 template <DType dtype>
 constexpr int item_size_of = item_size(dtype);
 
-// A gradient's element as the rule has it.
+// The elements of a gradient in 16 bytes, or more: as words in which they lie as in memory.
 template <DType dtype>
-FUSEDSTEP_INLINE double value_of(const char* element) {
-    if constexpr (dtype == DType::float64) {
-        return *reinterpret_cast<const double*>(element);
-    } else if constexpr (dtype == DType::float32) {
-        return *reinterpret_cast<const float*>(element);
-    } else {
+using WordOf =
+    std::conditional_t<dtype == DType::float64, double, std::conditional_t<dtype == DType::float32, float, uint32_t>>;
+
+// An element as the rule has it.
+template <DType dtype, int length>
+FUSEDSTEP_INLINE double value_in(const WordOf<dtype> (&words)[length], int i) {
+    if constexpr (item_size_of<dtype> == 2) {
         using F = std::conditional_t<dtype == DType::bfloat16, BFloat16, Float16>;
-        const U32 item(*reinterpret_cast<const uint16_t*>(element));
-        return F::template decode<Vec<float>>(item).x;
+        return F::template decode<Vec<float>>(U32(item_in<uint16_t>(words, i))).x;
+    } else {
+        return words[i];
     }
 }
 
-// A thread's lanes of a block: lane k of the block is number k / Team::threads of thread k % Team::threads.
-template <class Team>
-struct Lanes {
-    static constexpr int count = norm_lanes / Team::threads;
+// A thread's part of a block of the norm. Its elements in memory are rows of all lanes of the tree, and what is 16
+// bytes of one row is 16 bytes of the next: a thread adds to neighbouring lanes, which are always the same, and few
+// threads share a block.
+template <DType dtype, class Team>
+class NormBlock {
+public:
+    static constexpr int item = item_size_of<dtype>;
+    static constexpr int threads =
+        Team::threads < norm_lanes * item / pack_bytes ? Team::threads : norm_lanes * item / pack_bytes;
+    static constexpr int lanes = norm_lanes / threads;
 
-    double sums[count] = {};
-    int first;
+    // Of `count` elements of the gradient from element `begin` on. There may be none, but the others of the team wait
+    // for this thread.
+    FUSEDSTEP_INLINE NormBlock(const char* gradient, const Walk& walk, int64_t begin, int count, int thread)
+        : gradient_(gradient), walk_(walk), begin_(begin), count_(count), first_(thread % threads * lanes) {}
 
-    FUSEDSTEP_INLINE explicit Lanes(int thread) : first(thread % Team::threads) {}
-
-    FUSEDSTEP_INLINE int lane(int i) const { return first + i * Team::threads; }
-
-    FUSEDSTEP_INLINE void add_square(int i, double x) {
-        sums[i] = fma(Vec<double>(x), Vec<double>(x), Vec<double>(sums[i])).x;
+    // Rows begin at 16-byte boundaries of memory, `lead` elements before the block's first.
+    FUSEDSTEP_INLINE double sum(const Team& team) {
+        const int lead = walk_.layout == nullptr ? lead_of(gradient_, item) : 0;
+        if (walk_.layout == nullptr)
+            add_packs(first_ - lead);
+        else
+            add_strided();
+        // Lane 0 of the tree to the first place of a row.
+        FUSEDSTEP_KEEP_LOOP
+        for (int i = 0; i < lead; ++i) {
+            const double next = team.template next<threads>(sums_[0]);
+            FUSEDSTEP_UNROLL
+            for (int j = 0; j + 1 < lanes; ++j) sums_[j] = sums_[j + 1];
+            sums_[lanes - 1] = next;
+        }
+        return sum_of_lanes<threads>(team, sums_);
     }
+
+private:
+    static constexpr int words = lanes * item / static_cast<int>(sizeof(WordOf<dtype>));
+    static constexpr int rows_at_once = 16;  // reads on their way, so that the memory has much to do at a time
+
+    FUSEDSTEP_INLINE void add(const WordOf<dtype> (&row)[words]) {
+        FUSEDSTEP_UNROLL
+        for (int i = 0; i < lanes; ++i) {
+            const Vec<double> x(value_in<dtype>(row, i));
+            sums_[i] = fma(x, x, Vec<double>(sums_[i])).x;
+        }
+    }
+
+    // From element `at` of the block on, which may be before the first, those of every row. What is not the block's
+    // adds nothing as 0.
+    FUSEDSTEP_INLINE void add_packs(int at) {
+        if (at < 0) add_elements(at);
+        const int rest = (count_ - at) % norm_lanes;
+        for (; at + lanes <= count_; at += rows_at_once * norm_lanes) {
+            WordOf<dtype> rows[rows_at_once][words];
+            FUSEDSTEP_UNROLL
+            for (int j = 0; j < rows_at_once; ++j) {
+                const int from = at + j * norm_lanes;
+                FUSEDSTEP_UNROLL
+                for (int i = 0; i < words; ++i) rows[j][i] = 0;
+                if (from >= 0 && from + lanes <= count_)
+                    read_elements<lanes * item, pack_bytes>(gradient_ + (begin_ + from) * item, rows[j]);
+            }
+            FUSEDSTEP_UNROLL
+            for (int j = 0; j < rows_at_once; ++j) add(rows[j]);
+        }
+        if (0 < rest && rest < lanes && rest <= count_) add_elements(count_ - rest);
+    }
+
+    FUSEDSTEP_INLINE void add_strided() {
+        FUSEDSTEP_KEEP_LOOP
+        for (int at = first_; at < count_; at += norm_lanes) add_elements(at);
+    }
+
+    // Of a row, one by one.
+    FUSEDSTEP_INLINE void add_elements(int at) {
+        using Item = std::conditional_t<item == 2, uint16_t, WordOf<dtype>>;
+        WordOf<dtype> row[words];
+        FUSEDSTEP_UNROLL
+        for (int i = 0; i < lanes; ++i) {
+            Item element = 0;
+            if (at + i >= 0 && at + i < count_) {
+                const int64_t number = begin_ + at + i;
+                const int64_t offset = walk_.layout == nullptr ? number * item : walk_.offset(0, number);
+                element = *reinterpret_cast<const Item*>(gradient_ + offset);
+            }
+            if constexpr (item == 2)
+                put_item_in<Item>(row, i, element);
+            else
+                row[i] = element;
+        }
+        add(row);
+    }
+
+    const char* const gradient_;
+    const Walk& walk_;
+    const int64_t begin_;
+    const int count_, first_;
+    double sums_[lanes] = {};
 };
 
+// Adds up the blocks of a chunk of a gradient.
 template <DType dtype, class Team>
-FUSEDSTEP_INLINE void add_squares(const char* gradient, const Walk& walk, int64_t begin, int count,
-                                  Lanes<Team>& lanes) {
-    constexpr int item = item_size_of<dtype>;
-    constexpr int at_once = 16;  // reads on their way, so that the memory has much to do at a time
-    int at = 0;
-    if (walk.layout == nullptr) {
-        for (; at + at_once * norm_lanes <= count; at += at_once * norm_lanes) {
-            const char* const from = gradient + (begin + at) * item;
-            FUSEDSTEP_UNROLL
-            for (int i = 0; i < Lanes<Team>::count; ++i) {
-                double values[at_once];
-                FUSEDSTEP_UNROLL
-                for (int j = 0; j < at_once; ++j)
-                    values[j] = value_of<dtype>(from + (j * norm_lanes + lanes.lane(i)) * item);
-                FUSEDSTEP_UNROLL
-                for (int j = 0; j < at_once; ++j) lanes.add_square(i, values[j]);
-            }
-        }
-    }
-    for (; at < count; at += norm_lanes) {
-        FUSEDSTEP_UNROLL
-        for (int i = 0; i < Lanes<Team>::count; ++i) {
-            const int64_t element = begin + at + lanes.lane(i);
-            if (at + lanes.lane(i) >= count) continue;
-            lanes.add_square(
-                i, value_of<dtype>(gradient + (walk.layout == nullptr ? element * item : walk.offset(0, element))));
-        }
+FUSEDSTEP_INLINE void sum_chunk(const NormEntry& entry, const Walk& walk, uint32_t chunk, uint32_t blocks, double* sums,
+                                int thread, const Team& team) {
+    using Block = NormBlock<dtype, Team>;
+    constexpr int at_once = Team::threads / Block::threads;
+    FUSEDSTEP_KEEP_LOOP
+    for (int k = 0; k < blocks_of_chunk<dtype>; k += at_once) {
+        const uint32_t number = chunk * blocks_of_chunk<dtype> + k + thread % Team::threads / Block::threads;
+        const int count = number + 1 < blocks ? static_cast<int>(norm_block) : number + 1 == blocks ? entry.last : 0;
+        const double sum = Block(entry.gradient, walk, number * norm_block, count, thread).sum(team);
+        if (count > 0 && thread % Block::threads == 0) sums[number] = sum;
     }
 }
 
-// Every team takes every so-manieth block.
+// Every team takes every so-manieth chunk.
 template <class Table, class Team>
 FUSEDSTEP_INLINE void sum_blocks(const Table& table, const Place& place, const Team& team) {
     const NormSums& sums = *table.template from_end<NormSums>(sizeof(NormSums));
     const NormEntry* const entries = table.template entries<NormEntry>();
     const uint32_t teams = place.threads / Team::threads;
     uint32_t i = 0;
-    for (uint32_t block = place.block * teams + place.thread / Team::threads; block < table.chunks;
-         block += place.blocks * teams) {
-        i = tensor_of(entries, i, table.count, block);
+    for (uint32_t number = place.block * teams + place.thread / Team::threads; number < table.chunks;
+         number += place.blocks * teams) {
+        i = tensor_of(entries, i, table.count, number);
         const NormEntry& entry = entries[i];
         const GradientKind& kind = *table.template from_end<GradientKind>(entry.kind);
         const Walk walk{kind.dimensions == 0 ? nullptr : &kind.dimensions};
-        const int64_t begin = (block - (i == 0 ? 0 : entries[i - 1].chunks_end)) * norm_block;
-        const int count = block + 1 == entry.chunks_end ? entry.last : static_cast<int>(norm_block);
-        Lanes<Team> lanes(place.thread);
+        const uint32_t first = blocks_before(entries, i), blocks = entry.blocks_end - first;
+        const uint32_t chunk = number - (i == 0 ? 0 : entries[i - 1].chunks_end);
+        const auto sum = [&](auto dtype) {
+            sum_chunk<decltype(dtype)::value>(entry, walk, chunk, blocks, sums.blocks + first, place.thread, team);
+        };
         switch (kind.dtype) {
             case DType::float32:
-                add_squares<DType::float32>(entry.gradient, walk, begin, count, lanes);
+                sum(std::integral_constant<DType, DType::float32>{});
                 break;
             case DType::float64:
-                add_squares<DType::float64>(entry.gradient, walk, begin, count, lanes);
+                sum(std::integral_constant<DType, DType::float64>{});
                 break;
             case DType::bfloat16:
-                add_squares<DType::bfloat16>(entry.gradient, walk, begin, count, lanes);
+                sum(std::integral_constant<DType, DType::bfloat16>{});
                 break;
             default:
-                add_squares<DType::float16>(entry.gradient, walk, begin, count, lanes);
+                sum(std::integral_constant<DType, DType::float16>{});
         }
-        const double sum = sum_of_lanes(team, lanes.sums);
-        if (lanes.first == 0) sums.blocks[block] = sum;
     }
 }
 
@@ -116,14 +184,16 @@ FUSEDSTEP_INLINE const double* sum_by_block(double* values, double* spare, int64
     while (count > 1) {
         const int64_t sums = (count + norm_lanes - 1) / norm_lanes;
         for (int64_t at = place.thread / Team::threads; at < sums; at += place.threads / Team::threads) {
-            Lanes<Team> lanes(place.thread);
+            constexpr int lanes = norm_lanes / Team::threads;
+            const int first = place.thread % Team::threads * lanes;
+            double added[lanes];
             FUSEDSTEP_UNROLL
-            for (int i = 0; i < Lanes<Team>::count; ++i) {
-                const int64_t from = at * norm_lanes + lanes.lane(i);
-                if (from < count) lanes.sums[i] = values[from];
+            for (int i = 0; i < lanes; ++i) {
+                const int64_t from = at * norm_lanes + first + i;
+                added[i] = from < count ? values[from] : 0.0;
             }
-            const double sum = sum_of_lanes(team, lanes.sums);
-            if (lanes.first == 0) spare[at] = sum;
+            const double sum = sum_of_lanes<Team::threads>(team, added);
+            if (first == 0) spare[at] = sum;
         }
         team.wait_for_block();
         double* const summed = spare;
@@ -140,9 +210,9 @@ FUSEDSTEP_INLINE void sum_gradients(const Table& table, const Place& place, cons
     const NormSums& sums = *table.template from_end<NormSums>(sizeof(NormSums));
     const NormEntry* const entries = table.template entries<NormEntry>();
     for (uint32_t i = place.block; i < table.count; i += place.blocks) {
-        const uint32_t begin = i == 0 ? 0 : entries[i - 1].chunks_end;
+        const uint32_t begin = blocks_before(entries, i);
         const double* const sum =
-            sum_by_block(sums.blocks + begin, sums.spare + begin, entries[i].chunks_end - begin, place, team);
+            sum_by_block(sums.blocks + begin, sums.spare + begin, entries[i].blocks_end - begin, place, team);
         if (place.thread == 0) sums.gradients[i] = *sum;
     }
 }

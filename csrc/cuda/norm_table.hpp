@@ -6,6 +6,14 @@
 
 namespace fusedstep::cuda {
 
+// A chunk is what the threads of a warp take at a time: as many blocks of the norm as have a pack of a row of lanes for
+// each of them.
+constexpr int blocks_of_chunk_of(DType dtype) { return pack_bytes / item_size(dtype); }
+
+// As a constant, which device code may use where it may not call the function.
+template <DType dtype>
+constexpr int blocks_of_chunk = blocks_of_chunk_of(dtype);
+
 // What consecutive gradients share. Where they are strided, the lengths and then the strides in bytes follow.
 struct GradientKind {
     DType dtype;         // of the elements in memory
@@ -14,10 +22,15 @@ struct GradientKind {
 
 struct NormEntry {
     const char* gradient;
-    uint32_t chunks_end;  // the blocks of the norm of the gradients up to and with this one
+    uint32_t chunks_end;  // the chunks of the gradients up to and with this one ...
+    uint32_t blocks_end;  // ... and the blocks of the norm
     uint16_t kind;        // this far from the table's end
     uint16_t last;        // elements of the last block
 };
+
+FUSEDSTEP_INLINE uint32_t blocks_before(const NormEntry* entries, uint32_t i) {
+    return i == 0 ? 0 : entries[i - 1].blocks_end;
+}
 
 // At the table's very end: where the sums of its blocks and its gradients are, and as much memory to add the former in.
 struct NormSums {
@@ -32,8 +45,8 @@ public:
 
     // A new table, for the gradients after those of this one.
     void start_next() {
-        sums_.blocks += table_.chunks;
-        sums_.spare += table_.chunks;
+        sums_.blocks += blocks_;
+        sums_.spare += blocks_;
         sums_.gradients += table_.count;
         start();
     }
@@ -46,7 +59,10 @@ public:
         const bool shares = kind_at_ != 0 && dimensions == 0 && dense_ && dtype == dtype_;
         const size_t kind_bytes = shares ? 0 : sizeof(GradientKind) + 16 * dimensions;
         const int64_t blocks = norm_blocks(tensor.size);
-        if (!has_room(rounded_up(kind_bytes) + rounded_up(sizeof(NormEntry)), sizeof(NormEntry), blocks)) return false;
+        const int64_t chunks = (blocks - 1) / blocks_of_chunk_of(dtype) + 1;
+        if (!has_room(rounded_up(kind_bytes) + rounded_up(sizeof(NormEntry)), sizeof(NormEntry), chunks) ||
+            blocks_ + blocks > INT32_MAX)
+            return false;
         if (!shares) {
             const GradientKind kind{dtype, static_cast<int64_t>(dimensions)};
             unsigned char* const to = reserve(kind_bytes);
@@ -60,8 +76,10 @@ public:
             dense_ = dimensions == 0;
             dtype_ = dtype;
         }
-        table_.chunks += static_cast<uint32_t>(blocks);
-        add_entry(NormEntry{static_cast<const char*>(tensor.streams[gradient_stream]), table_.chunks, kind_at_,
+        table_.chunks += static_cast<uint32_t>(chunks);
+        blocks_ += blocks;
+        add_entry(NormEntry{static_cast<const char*>(tensor.streams[gradient_stream]), table_.chunks,
+                            static_cast<uint32_t>(blocks_), kind_at_,
                             static_cast<uint16_t>(tensor.size - (blocks - 1) * norm_block)});
         return true;
     }
@@ -77,9 +95,11 @@ private:
         clear();
         std::memcpy(reserve(sizeof(NormSums)), &sums_, sizeof(sums_));
         kind_at_ = 0;
+        blocks_ = 0;
     }
 
     NormSums sums_;
+    int64_t blocks_;
     uint16_t kind_at_;
     bool dense_;
     DType dtype_;

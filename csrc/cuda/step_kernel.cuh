@@ -276,6 +276,7 @@ private:
             units_[k] = 0;
             if (is_blockwise(formats_.of(k)) && count_ > 0)
                 units_[k] = static_cast<const float*>(arrays_[Rule::streams + k])[begin_ / block_elements];
+            if (k == 0 && formats_.extra(0) == sizeof(float)) continue;  // its master is all that is read of it
             FUSEDSTEP_UNROLL
             for (int p = 0; p < packs; ++p) read(k, walk(k), formats_.item(k), p, words_[p][k]);
         }
@@ -398,16 +399,33 @@ FUSEDSTEP_INLINE int lead_of(const Table& table, const E& entry, const Shared& s
     return in_packs ? lead_of(arrays[0], formats.item(0)) : 0;
 }
 
+// Sets memory to zero, 16 bytes at a time but for the ends, which hold whole items of two bytes.
+FUSEDSTEP_INLINE void zero_memory(char* memory, int bytes, const Place& place) {
+    constexpr uint32_t zeros[pack_bytes / sizeof(uint32_t)] = {};
+    constexpr int item = sizeof(uint16_t);
+    for (int at = place.thread * pack_bytes - lead_of(memory, 1); at < bytes; at += place.threads * pack_bytes) {
+        if (at >= 0 && at + pack_bytes <= bytes) {
+            write_elements<pack_bytes, pack_bytes>(zeros, memory + at);
+            continue;
+        }
+        for (int i = at; i < at + pack_bytes; i += item) {
+            if (i >= 0 && i < bytes) *reinterpret_cast<uint16_t*>(memory + i) = 0;
+        }
+    }
+}
+
 // Sets the gradient in a chunk to zero, without a step.
 template <class T, class Table, class E>
 FUSEDSTEP_INLINE void zero_chunk(const Table& table, const E& entry, int item, void* const* arrays, const Chunk& chunk,
                                  const Place& place) {
-    const Walk walk = walk_of(table, entry);
     char* const gradient = static_cast<char*>(arrays[gradient_stream]);
-    for (int64_t at = chunk.begin + place.thread; at < chunk.end; at += place.threads) {
-        if (at < 0) continue;
-        char* const element = gradient + (walk.layout == nullptr ? at * item : walk.offset(gradient_stream, at));
-        if (item == 2)
+    const int64_t begin = chunk.begin < 0 ? 0 : chunk.begin;
+    const Walk walk = walk_of(table, entry);
+    if (walk.layout == nullptr)
+        return zero_memory(gradient + begin * item, static_cast<int>(chunk.end - begin) * item, place);
+    for (int64_t at = begin + place.thread; at < chunk.end; at += place.threads) {
+        char* const element = gradient + walk.offset(gradient_stream, at);
+        if (item == sizeof(uint16_t))
             *reinterpret_cast<uint16_t*>(element) = 0;
         else
             *reinterpret_cast<T*>(element) = T(0);

@@ -20,8 +20,8 @@ namespace fusedstep::cuda {
 // The formats of a tensor's streams, and the bytes of their elements and of what is beside them.
 class AnyFormats {
 public:
-    // Elements that a thread moves of each stream at once.
-    static constexpr int lanes = 8;
+    // Elements that a thread moves of each stream at once: as many as 8-bit formats have in 16 bytes.
+    static constexpr int lanes = 16;
 
     FUSEDSTEP_INLINE AnyFormats(const StoredStreams& shared, int streams) : shared_(shared), streams_(streams) {}
     FUSEDSTEP_INLINE Format of(int k) const { return shared_.formats[k]; }

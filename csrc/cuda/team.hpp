@@ -21,6 +21,12 @@ struct Warp {
         return __shfl_xor_sync(0xFFFFFFFFu, value, distance);
     }
 
+    // What the next thread has among `count` of them, a power of two; the last gets what the first has.
+    template <int count, class Value>
+    __device__ __forceinline__ Value next(Value value) const {
+        return __shfl_sync(0xFFFFFFFFu, value, threadIdx.x + 1, count);
+    }
+
     // Returns when all threads of the block are here; what they wrote before is seen by all then.
     __device__ __forceinline__ void wait_for_block() const { __syncthreads(); }
 };
@@ -31,6 +37,10 @@ struct Alone {
 
     template <class Value>
     FUSEDSTEP_INLINE Value exchange(Value value, int) const {
+        return value;
+    }
+    template <int count, class Value>
+    FUSEDSTEP_INLINE Value next(Value value) const {
         return value;
     }
     FUSEDSTEP_INLINE void wait_for_block() const {}
@@ -47,19 +57,19 @@ FUSEDSTEP_INLINE uint32_t greatest_of(const Team& team, uint32_t value) {
     return value;
 }
 
-// The sum of the lanes of a block of the norm, neighbours first; each thread has its part of them. A sum of two has the
-// same bits in either order.
-template <class Team>
-FUSEDSTEP_INLINE double sum_of_lanes(const Team& team, double (&lanes)[norm_lanes / Team::threads]) {
-    if constexpr (Team::threads == 1) {
-        return sum_in_pairs(lanes, norm_lanes);
-    } else {
-        static_assert(Team::threads == norm_lanes);
-        double sum = lanes[0];
+// The sum of the lanes of a block of the norm, of which each of `threads` has neighbours: in pairs, as core/norm.hpp
+// adds them. A sum of two has the same bits in either order. Overwrites the lanes.
+template <int threads, class Team>
+FUSEDSTEP_INLINE double sum_of_lanes(const Team& team, double (&lanes)[norm_lanes / threads]) {
+    FUSEDSTEP_UNROLL
+    for (int distance = 1; distance < norm_lanes / threads; distance *= 2) {
         FUSEDSTEP_UNROLL
-        for (int distance = 1; distance < norm_lanes; distance *= 2) sum += team.exchange(sum, distance);
-        return sum;
+        for (int i = 0; i < norm_lanes / threads; i += 2 * distance) lanes[i] += lanes[i + distance];
     }
+    double sum = lanes[0];
+    FUSEDSTEP_UNROLL
+    for (int distance = 1; distance < threads; distance *= 2) sum += team.exchange(sum, distance);
+    return sum;
 }
 
 }  // namespace fusedstep::cuda

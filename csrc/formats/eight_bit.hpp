@@ -16,6 +16,7 @@ namespace fusedstep {
 constexpr uint32_t one_bits = 0x3F800000u;
 constexpr int dropped_bits = 19;  // of y's mantissa
 constexpr uint32_t nan_bits = 0x7FC00000u;
+constexpr float infinity = std::numeric_limits<float>::infinity();  // device code may not call the function
 
 template <class V>
 struct BlockScale {
@@ -26,7 +27,7 @@ struct BlockScale {
 // infinity, which is a bfloat16.
 template <class V>
 FUSEDSTEP_INLINE V unit_of(V stored) {
-    return min(stored, V(std::numeric_limits<float>::infinity()));
+    return min(stored, V(infinity));
 }
 
 // `greatest` is the largest of a block's magnitudes, compared as integers: NaN are above infinity there. A block

@@ -40,6 +40,12 @@ public:
         seen.tensors += static_cast<int64_t>(sizes_.size());
         seen.split_jobs += seen.tables > tables_before + 1;
         for (const int64_t size : sizes_) seen.elements += size;
+        if (!same_memory()) return false;
+        // A step that is skipped clears the gradients, and nothing else.
+        for (const Tensor& tensor : tensors_in(cpu_))
+            std::fill_n(static_cast<T*>(tensor.streams[gradient_stream]), tensor.size, T(0));
+        const NormOutcome skipped{0, 0, true};
+        step_as_on_gpu(seen, &skipped);
         return same_memory();
     }
 
@@ -117,16 +123,18 @@ private:
         for (const Tensor& tensor : tensors_in(cpu_)) step(tensor.streams.data(), 0, tensor.size, tensor.scalars);
     }
 
-    void step_as_on_gpu(Seen& seen) {
+    void step_as_on_gpu(Seen& seen, const NormOutcome* norm = nullptr) {
         const std::vector<Tensor> tensors = tensors_in(gpu_);
         std::vector<int64_t> ends;
         for (const int64_t size : sizes_) ends.push_back(size + (ends.empty() ? 0 : ends.back()));
-        const Job job{rule_index<Rule>,
-                      sizeof(T) == 8 ? DType::float64 : DType::float32,
-                      tensors.data(),
-                      ends.data(),
-                      static_cast<int64_t>(tensors.size()),
-                      false};
+        Job job{rule_index<Rule>,
+                sizeof(T) == 8 ? DType::float64 : DType::float32,
+                tensors.data(),
+                ends.data(),
+                static_cast<int64_t>(tensors.size()),
+                false};
+        job.norm = norm;
+        job.zero_grad = norm != nullptr;
         constexpr int block_sizes[] = {32, 96, 256};
         const int threads = block_sizes[below(random_, 3)];
         const uint32_t most_blocks = static_cast<uint32_t>(below(random_, 2) ? 1 + below(random_, 7) : 1 << 20);

@@ -46,16 +46,25 @@ public:
 
         template <class Value>
         Value exchange(Value value, int distance) const {
-            static_assert(sizeof(Value) <= sizeof(uint64_t));
-            std::memcpy(&block_.values_[thread_], &value, sizeof value);
-            pthread_barrier_wait(&block_.of_warp_[thread_ / 32]);
-            std::memcpy(&value, &block_.values_[thread_ ^ distance], sizeof value);
-            pthread_barrier_wait(&block_.of_warp_[thread_ / 32]);
-            return value;
+            return from(thread_ ^ distance, value);
+        }
+        template <int count, class Value>
+        Value next(Value value) const {
+            return from(thread_ / count * count + (thread_ + 1) % count, value);
         }
         void wait_for_block() const { pthread_barrier_wait(&block_.all_); }
 
     private:
+        template <class Value>
+        Value from(int thread, Value value) const {
+            static_assert(sizeof(Value) <= sizeof(uint64_t));
+            std::memcpy(&block_.values_[thread_], &value, sizeof value);
+            pthread_barrier_wait(&block_.of_warp_[thread_ / 32]);
+            std::memcpy(&value, &block_.values_[thread], sizeof value);
+            pthread_barrier_wait(&block_.of_warp_[thread_ / 32]);
+            return value;
+        }
+
         Block& block_;
         const int thread_;
     };
@@ -94,6 +103,52 @@ struct Grid {
         }
     }
 };
+
+Grid any_grid(Random& random, bool at_once) {
+    constexpr int block_sizes[] = {1, 32, 96};
+    return {at_once, static_cast<uint32_t>(1 + below(random, 3)), block_sizes[below(random, 3)]};
+}
+
+bool same_number(double a, double b) { return std::memcmp(&a, &b, sizeof a) == 0 || (a != a && b != b); }
+
+// The sum of squares as core/norm.hpp has it, and as the kernels add it.
+bool same_norm(const std::vector<NormJob::Gradient>& gradients, Random& random, bool at_once) {
+    std::vector<double> sums;
+    int64_t blocks = 0;
+    for (const auto& [tensor, dtype] : gradients) {
+        std::vector<double> of_blocks;
+        for (int64_t at = 0; at < tensor->size; at += norm_block) {
+            double lanes[norm_lanes] = {};
+            cpu::add_squares_of_gradient(scalar::kernels, dtype, *tensor, at, std::min(norm_block, tensor->size - at),
+                                         lanes);
+            of_blocks.push_back(sum_in_pairs(lanes, norm_lanes));
+        }
+        blocks += static_cast<int64_t>(of_blocks.size());
+        sums.push_back(sum_in_pairs(of_blocks.data(), static_cast<int64_t>(of_blocks.size())));
+    }
+    const NormOptions options{0.75, below(random, 2) ? 1.5 : 0, below(random, 2) != 0};
+    const NormOutcome expected = outcome_of(sum_in_pairs(sums.data(), static_cast<int64_t>(sums.size())), options);
+    const auto count = static_cast<int64_t>(gradients.size());
+    std::vector<double> workspace(norm_workspace_bytes(blocks, count) / sizeof(double));
+    NormOutcome outcome{};
+    const NormJob job{gradients.data(), count, workspace.data(), &outcome, options};
+    Grid whole = any_grid(random, at_once);
+    whole.threads = 1;  // a thread that works alone waits for no block
+    const int64_t added = cuda::for_each_norm_table(job, [&](const auto& table) {
+        any_grid(random, at_once).run([&](const cuda::Place& place, const auto& team) {
+            cuda::sum_blocks(table, place, team);
+        });
+        whole.run([&](const cuda::Place& place, const auto& team) { cuda::sum_gradients(table, place, team); });
+    });
+    whole.blocks = 1;
+    whole.run([&](const cuda::Place& place, const auto& team) {
+        cuda::end_norm({job.workspace, added, job.outcome, job.options}, place, team);
+    });
+    const bool same = same_number(outcome.norm, expected.norm) &&
+                      same_number(outcome.grad_scale, expected.grad_scale) && outcome.skipped == expected.skipped;
+    if (!same) std::printf("norm: %.17g, not %.17g\n", outcome.norm, expected.norm);
+    return same;
+}
 
 int item_bytes(Format format) { return layout_of(format).item == 0 ? 4 : layout_of(format).item; }
 
@@ -155,20 +210,31 @@ public:
         std::memcpy(Memory::begin(gpu_), Memory::begin(cpu_), cpu_.size() - 64);
         std::vector<int64_t> ends;
         for (const int64_t size : sizes_) ends.push_back(size + (ends.empty() ? 0 : ends.back()));
-        const Job job{rule_index<Rule>, DType::float32, on_gpu.data(), ends.data(), count, false};
+        Job job{rule_index<Rule>, DType::float32, on_gpu.data(), ends.data(), count, false};
         for (Tensor& tensor : on_gpu) {
             seen.fast += cuda::any_holds(typename cuda::FastPlacings<Rule>::List{}, job.rule, tensor);
             seen.elements += tensor.size;
         }
         ++seen.jobs;
         seen.at_once += at_once_;
-        if (!same_norm(on_cpu, on_gpu)) return false;
+        std::vector<NormJob::Gradient> gradients;
+        for (const Tensor& tensor : on_gpu) gradients.push_back({&tensor, DType::float32});
+        if (!same_norm(gradients, random_, at_once_)) return false;
         for (int step = 0; step < 2; ++step) {  // the second reads what the first has written
             for (const Tensor& tensor : on_cpu) cpu::tiled_step(scalar::kernels, job, tensor, 0, tensor.size);
             step_as_on_gpu(job);
             if (!same_memory(on_cpu, on_gpu)) return false;
         }
-        return true;
+        // A step that is skipped clears the gradients, and nothing else.
+        for (const Tensor& tensor : on_cpu) {
+            std::memset(tensor.streams[gradient_stream], 0,
+                        tensor.size * item_bytes(tensor.storage->formats[gradient_stream]));
+        }
+        const NormOutcome skipped{0, 0, true};
+        job.norm = &skipped;
+        job.zero_grad = true;
+        step_as_on_gpu(job);
+        return same_memory(on_cpu, on_gpu);
     }
 
 private:
@@ -234,62 +300,16 @@ private:
         }
     }
 
-    Grid any_grid() {
-        constexpr int block_sizes[] = {1, 32, 96};
-        return {at_once_, static_cast<uint32_t>(1 + below(random_, 3)), block_sizes[below(random_, 3)]};
-    }
-
     void step_as_on_gpu(const Job& job) {
         cuda::for_each_stored_placing(typename cuda::FastPlacings<Rule>::List{}, [&](auto placing) {
             using Placing = decltype(placing);
             cuda::for_each_table<Rule, float, Placing>(job, [&](const auto& table) {
-                any_grid().run([&](const cuda::Place& place, const auto& team) {
+                any_grid(random_, at_once_).run([&](const cuda::Place& place, const auto& team) {
                     cuda::step_table<Rule, float, Placing>(table, place, team);
                 });
             });
         });
     }
-
-    // The sum of squares as core/norm.hpp has it, and as the kernels add it.
-    bool same_norm(const std::vector<Tensor>& on_cpu, const std::vector<Tensor>& on_gpu) {
-        std::vector<double> sums;
-        std::vector<NormJob::Gradient> gradients;
-        int64_t blocks = 0;
-        for (size_t i = 0; i < on_cpu.size(); ++i) {
-            std::vector<double> of_blocks;
-            for (int64_t at = 0; at < sizes_[i]; at += norm_block) {
-                double lanes[norm_lanes] = {};
-                cpu::add_squares_of_gradient(scalar::kernels, DType::float32, on_cpu[i], at,
-                                             std::min(norm_block, sizes_[i] - at), lanes);
-                of_blocks.push_back(sum_in_pairs(lanes, norm_lanes));
-            }
-            blocks += static_cast<int64_t>(of_blocks.size());
-            sums.push_back(sum_in_pairs(of_blocks.data(), static_cast<int64_t>(of_blocks.size())));
-            gradients.push_back({&on_gpu[i], DType::float32});
-        }
-        const NormOptions options{0.75, below(random_, 2) ? 1.5 : 0, below(random_, 2) != 0};
-        const NormOutcome expected = outcome_of(sum_in_pairs(sums.data(), static_cast<int64_t>(sums.size())), options);
-        const auto count = static_cast<int64_t>(gradients.size());
-        std::vector<double> workspace(norm_workspace_bytes(blocks, count) / sizeof(double));
-        NormOutcome outcome{};
-        const NormJob job{gradients.data(), count, workspace.data(), &outcome, options};
-        Grid whole = any_grid();
-        whole.threads = 1;  // a thread that works alone waits for no block
-        const int64_t added = cuda::for_each_norm_table(job, [&](const auto& table) {
-            any_grid().run([&](const cuda::Place& place, const auto& team) { cuda::sum_blocks(table, place, team); });
-            whole.run([&](const cuda::Place& place, const auto& team) { cuda::sum_gradients(table, place, team); });
-        });
-        whole.blocks = 1;
-        whole.run([&](const cuda::Place& place, const auto& team) {
-            cuda::end_norm({job.workspace, added, job.outcome, job.options}, place, team);
-        });
-        const bool same = same_number(outcome.norm, expected.norm) &&
-                          same_number(outcome.grad_scale, expected.grad_scale) && outcome.skipped == expected.skipped;
-        if (!same) std::printf("norm: %.17g, not %.17g\n", outcome.norm, expected.norm);
-        return same;
-    }
-
-    static bool same_number(double a, double b) { return std::memcmp(&a, &b, sizeof a) == 0 || (a != a && b != b); }
 
     // Whether an array has the same bits, but for NaN that are others, and so all memory beside them.
     bool same_memory(const std::vector<Tensor>& on_cpu, const std::vector<Tensor>& on_gpu) {
@@ -346,6 +366,52 @@ private:
     std::vector<unsigned char> cpu_, gpu_;
 };
 
+// Gradients of several blocks, of every type and at any offset, dense and strided.
+bool same_norm_of_long_gradients(Random& random, bool at_once) {
+    const int64_t count = 1 + below(random, 5);
+    std::deque<std::vector<unsigned char>> memory;
+    std::deque<Storage> storages;
+    std::deque<StridedLayout> layouts;
+    std::deque<Tensor> tensors;
+    std::vector<NormJob::Gradient> gradients;
+    for (int64_t i = 0; i < count; ++i) {
+        constexpr DType dtypes[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
+        constexpr int64_t longest[] = {20, 5000, 40000};
+        const DType dtype = dtypes[below(random, 4)];
+        const int64_t item = item_size(dtype), size = 1 + below(random, longest[below(random, 3)]);
+        const int64_t step = below(random, 4) == 0 ? 2 : 1;
+        memory.emplace_back(64 + (16 + size * step) * item);
+        unsigned char* const begin =
+            memory.back().data() + (64 - reinterpret_cast<uintptr_t>(memory.back().data()) % 64) % 64;
+        unsigned char* const first = begin + below(random, 16) * item;
+        for (int64_t j = 0; j < size * step; ++j) {
+            const float x = number<float>(random);
+            const double wide = number<double>(random);
+            const uint16_t upper = bits_of(cuda::Vec<float>(x)).x >> 16;
+            const uint16_t half = random() & 0xBBFF;  // none that is not finite
+            const void* const from = dtype == DType::float32    ? static_cast<const void*>(&x)
+                                     : dtype == DType::float64  ? static_cast<const void*>(&wide)
+                                     : dtype == DType::bfloat16 ? static_cast<const void*>(&upper)
+                                                                : static_cast<const void*>(&half);
+            std::memcpy(first + j * item, from, item);
+        }
+        Tensor& tensor = tensors.emplace_back();
+        tensor.streams[gradient_stream] = first;
+        tensor.size = size;
+        if (item == 2) {
+            tensor.storage = &storages.emplace_back();
+            storages.back().formats[gradient_stream] = dtype == DType::bfloat16 ? Format::bfloat16 : Format::float16;
+        }
+        if (step != 1) {
+            tensor.layout = &layouts.emplace_back();
+            layouts.back().shape = {size};
+            layouts.back().strides[gradient_stream] = {step * item};
+        }
+        gradients.push_back({&tensor, compute_type(dtype)});
+    }
+    return same_norm(gradients, random, at_once);
+}
+
 // As many values as take the threads of a block several rounds, which wait for each other between them.
 bool same_sum_at_once(Random& random) {
     std::vector<double> values(1 + below(random, 5000));
@@ -378,7 +444,8 @@ int main(int count, char** arguments) {
     const int64_t at_once = std::strtoll(arguments[3], nullptr, 10);
     Seen seen;
     for (int64_t i = 0; i < rounds; ++i) {
-        if (!one_job_of_each(Rules{}, random, i < at_once, seen) || (i < at_once && !same_sum_at_once(random))) {
+        if (!one_job_of_each(Rules{}, random, i < at_once, seen) || !same_norm_of_long_gradients(random, i < at_once) ||
+            (i < at_once && !same_sum_at_once(random))) {
             std::printf("in round %lld\n", static_cast<long long>(i));
             return 1;
         }
