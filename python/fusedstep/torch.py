@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined,unused-ignore]
 
 from . import _core, gpu, narrow
 from .optimizer import _checked_step, _warn_of_rounding
