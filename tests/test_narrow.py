@@ -323,6 +323,24 @@ def test_a_nan_stays_a_nan_in_every_layout(isa, options, where):
     assert_same(fused[finite], tiled[finite])
 
 
+@pytest.mark.parametrize("options", [
+    {"state_dtype": "bfloat16", "master_weights": None},
+    {"state_dtype": "8bit", "master_weights": "stochastic"},
+    {"state_dtype": "8bit", "master_weights": "correction8"},
+])  # fmt: skip
+@pytest.mark.parametrize("other", [
+    np.array([0x7FFFFFFF], np.uint32).view(float32),  # what CUDA makes
+    np.array([0xFFFFFFFF], np.uint32).view(float32),
+    np.array([0x7FFF], np.uint16).view(float16),
+], ids=["float32", "negative", "float16"])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:params")
+def test_clipping_by_a_norm_of_nan_makes_no_numbers(isa, options, other):
+    param = np.ones(256, bfloat16)
+    optimizer = fs.Adam([param, np.ones(1, float32)], **options)
+    optimizer.step([np.ones(256, bfloat16), other], clip_norm=1.0)
+    assert np.isnan(param.astype(float32)).all()
+
+
 def test_reversed_and_transposed_parameters_keep_their_order():
     rng = np.random.default_rng(4)
     values = rng.standard_normal((40, 50)).astype(np.float32)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -242,3 +244,43 @@ def test_one_of_many_has_taken_another_number_of_steps(odd):
         assert counts == [4 - (i == odd) for i in range(300)]
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=0)
+
+
+def add_to(optimizer, param):
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+
+
+def fail_to_step(optimizer, param):
+    param.grad = param.data
+    with pytest.raises(ValueError, match="overlap"):
+        optimizer.step()
+    param.grad = None
+
+
+@pytest.mark.parametrize("forget", [add_to, fail_to_step])
+def test_memory_that_a_parameter_leaves_is_not_kept(forget):
+    array = np.ones(1000, np.float32)
+    left = weakref.ref(array)
+    param = torch.nn.Parameter(torch.from_numpy(array))
+    del array
+    param.grad = torch.ones(1000)
+    optimizer = fst.AdamW([param])
+    optimizer.step()
+    forget(optimizer, param)
+    assert left() is not None
+    param.data = torch.ones(1000)
+    assert left() is None
+
+
+@pytest.mark.parametrize("state", [None, "bfloat16"])
+def test_a_default_device_is_not_where_steps_are_counted(state):
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    saved = {"step": 2.0, "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+    with torch.device("meta"):
+        optimizer = fst.AdamW([param], state_dtype=state)
+        optimizer.step()
+        assert optimizer.state[param]["step"].item() == 1
+        optimizer.state[param] = saved
+        optimizer.step()
+        assert optimizer.state[param]["step"].item() == 3

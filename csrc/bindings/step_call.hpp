@@ -5,6 +5,7 @@
 #include <cmath>
 #include <deque>
 #include <exception>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -282,6 +283,8 @@ private:
 
     // In all scalars of the call, whose signs say which way to go.
     void set_grad_scale(double scale) {
+        // It may have come of any gradient, but only a NaN that is a bfloat16 is rounded to a NaN without care.
+        if (std::isnan(scale)) scale = std::numeric_limits<double>::quiet_NaN();
         for (size_t i = 0; i < scalars_used_; ++i) {
             std::visit(
                 [scale](auto& scalars) {

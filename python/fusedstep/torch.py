@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined,unused-ignore]
 
 from . import _core, gpu, narrow
 from .optimizer import _checked_step, _warn_of_rounding
@@ -98,10 +98,14 @@ class _Optimizer(torch.optim.Optimizer):
         )
 
     def _unbind(self) -> None:
-        self._native = None
+        self._forget_native()
         self._distributed = []
-        self._held = []
         self._counts = {}
+
+    def _forget_native(self) -> None:
+        """Let go of the native optimizer and of the memory that is held for it."""
+        self._native = None
+        self._held = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as `torch.optim.Optimizer.add_param_group`.
@@ -130,7 +134,7 @@ class _Optimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._native = None
+        self._forget_native()
 
     def _checked_parameter(self, param: torch.Tensor, keys: tuple[str, ...], suffix: str) -> Any:
         array = _checked_array(param, f"params{suffix}")
@@ -231,7 +235,7 @@ class _Optimizer(torch.optim.Optimizer):
                 raise RuntimeError("parameters or state changed while a step was prepared")
             return stepped  # type: ignore[no-any-return]
         except Exception:
-            self._native = None
+            self._forget_native()
             for param in made:
                 del self.state[param]
             raise
@@ -389,7 +393,7 @@ class _Optimizer(torch.optim.Optimizer):
                     raise ValueError(f"{where}: no {key!r}")
         else:
             arrays, _ = self._storage.new_state(array, keys, suffix)
-            before = {"step": torch.zeros(())} if self._counts_steps() else {}
+            before = {"step": torch.zeros((), device="cpu")} if self._counts_steps() else {}
             before |= {key: _tensor(own, param) for key, own in arrays.items()}
             before |= _order(array, arrays)
         wanted = self._storage.state_dtypes(array, keys)
@@ -424,7 +428,7 @@ class _Optimizer(torch.optim.Optimizer):
             before |= order
         count = before.get("step")
         if count is not None and not _is_count(count):
-            before["step"] = torch.tensor(float(step))
+            before["step"] = torch.tensor(float(step), device="cpu")
         beside = [held[name] for name in ("master", "correction") if name in wanted]
         extras = [
             beside[0] if beside else None,

@@ -83,7 +83,7 @@ class CudaTensors(HostTensors):
         self._up: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
 
     def pinned(self, size: int) -> Bytes:
-        memory: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        memory: Bytes = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True).numpy()
         return memory
 
     def mark(self) -> Any:
@@ -328,7 +328,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         params = self._core._params.arrays
         state = {
             i: {
-                key: torch.tensor(float(value)) if key == "step" else _tensor(value, params[i])
+                key: torch.tensor(float(value), device="cpu")
+                if key == "step"
+                else _tensor(value, params[i])
                 for key, value in entry.items()
             }
             for i, entry in plain["state"].items()
