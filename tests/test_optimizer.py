@@ -468,6 +468,12 @@ def changed(path, value):
 BAD_STATES = {
     "no state": (changed(["state"], ...), ValueError, "no 'state'"),
     "no groups": (changed(["param_groups"], ...), ValueError, "no 'param_groups'"),
+    "state is a list": (changed(["state"], []), TypeError, "state: expected a dict, got list"),
+    "groups are a dict": (changed(["param_groups"], {}), TypeError, "groups: expected a list"),
+    "group is a list": (changed(["param_groups", 0], []), TypeError, "[0]: expected a dict"),
+    "entry is a list": (changed(["state", 1], []), TypeError, "state[1]: expected a dict"),
+    "no params": (changed(["param_groups", 0, "params"], ...), ValueError, "no 'params'"),
+    "params is a number": (changed(["param_groups", 0, "params"], 2), TypeError, "params: exp"),
     "too few groups": (changed(["param_groups"], []), ValueError, "0 parameter groups"),
     "unknown key": (changed(["param_groups", 0, "rate"], 1), ValueError, "unknown 'rate'"),
     "missing key": (changed(["param_groups", 0, "eps"], ...), ValueError, "no 'eps'"),

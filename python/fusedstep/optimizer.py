@@ -370,9 +370,11 @@ class Optimizer:
         self, state_dict: Mapping[str, Any]
     ) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]], list[int]]:
         """Return all that loading will write: hyper-parameters, arrays and step counts."""
-        for part in ("state", "param_groups"):
+        _check_kind(state_dict, Mapping, "state_dict")
+        for part, kind in (("state", Mapping), ("param_groups", list | tuple)):
             if part not in state_dict:
                 raise ValueError(f"state_dict: no {part!r}")
+            _check_kind(state_dict[part], kind, f"state_dict: {part}")
         saved_groups = state_dict["param_groups"]
         if len(saved_groups) != len(self.param_groups):
             raise ValueError(
@@ -384,13 +386,13 @@ class Optimizer:
         steps: list[int] = []
         for number, (own, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             where = f"state_dict: param_groups[{number}]"
+            _check_kind(saved, Mapping, where)
             groups.append(self._checked_hyper(own, saved, number, where))
             indices = _matched_indices(own, saved, where)
             for param, index in zip(own["params"], indices, strict=True):
                 entry = state_dict["state"].get(index, {"step": 0})
                 entry_name = f"state_dict: state[{index}]"
-                if not isinstance(entry, Mapping):
-                    raise TypeError(f"{entry_name}: expected a dict, got {type(entry).__name__}")
+                _check_kind(entry, Mapping, entry_name)
                 if "foreach" in saved:
                     entry = self._entry_from_pytorch(entry)
                 checked, step = self._checked_entry(
@@ -586,8 +588,17 @@ def _checked_step(step: Any, where: str) -> int:
     raise ValueError(f"{where}: step: expected an integer from 0 to 2**62, got {step!r}")
 
 
+def _check_kind(given: Any, kind: Any, where: str) -> None:
+    if not isinstance(given, kind):
+        expected = "dict" if kind is Mapping else "list"
+        raise TypeError(f"{where}: expected a {expected}, got {type(given).__name__}")
+
+
 def _matched_indices(own: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> list[int]:
     """Return the saved index of each of a group's own parameters."""
+    if "params" not in saved:
+        raise ValueError(f"{where}: no 'params'")
+    _check_kind(saved["params"], list | tuple, f"{where}: params")
     indices = list(saved["params"])
     if len(indices) != len(own["params"]):
         raise ValueError(
