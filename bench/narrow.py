@@ -10,6 +10,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import fusedstep as fs
 from fusedstep.narrow import bfloat16
 
 from . import machine
-from .peers import DeepSpeed, updates
+from .peers import DeepSpeed, step_of
 from .timing import Step, interleaved
 from .workloads import BETAS, EPS, LR
 
@@ -67,7 +68,7 @@ def arrays(elements: int, dtype: str) -> tuple[Any, Any]:
 
 def torch_step(
     elements: int, dtype: str, make: Callable[[Any, list[Any]], Any]
-) -> tuple[Step, Any]:
+) -> tuple[Step, list[Any]]:
     torch = importlib.import_module("torch")
     torch.set_num_threads(fs.get_num_threads())
     param, grad = arrays(elements, dtype)
@@ -78,7 +79,7 @@ def torch_step(
     )
     tensor = as_tensor(param).requires_grad_()
     tensor.grad = as_tensor(grad)
-    return make(torch, [tensor]).step, param
+    return make(torch, [tensor]).step, [param]
 
 
 def torch_fused(torch: Any, tensors: list[Any]) -> Any:
@@ -101,15 +102,9 @@ def contenders(elements: int, say: Callable[[str], None]) -> dict[str, Step]:
     for name, (dtype, options, _) in OURS.items():
         steps[name], _ = own_step(elements, dtype, options)
     for name, (dtype, make) in PEERS.items():
-        try:
-            step, param = torch_step(elements, dtype, make)
-        except Exception as error:  # whatever keeps a peer from running is its reason
-            say(f"{name}: missing ({type(error).__name__}: {str(error).splitlines()[:1]})")
-            continue
-        if not updates(step, [param]):
-            say(f"{name}: does not update its parameters, not timed")
-            continue
-        steps[name] = step
+        step = step_of(name, partial(torch_step, elements, dtype, make), say)
+        if step is not None:
+            steps[name] = step
     return steps
 
 

@@ -9,6 +9,7 @@ import datetime
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import fusedstep.torch as fst
 
 from . import machine
-from .peers import DeepSpeed, updates
+from .peers import DeepSpeed, step_of
 from .timing import Step, interleaved
 from .workloads import MANY_SMALL, MLP
 
@@ -56,16 +57,9 @@ CASES = (
 def run(case: Case, budget: float) -> dict[str, Any]:
     steps: dict[str, Step] = {OURS: fst.AdamW(_parameters(case), **case.options).step}
     for name in case.required:
-        params = _parameters(case)
-        try:
-            step = PEERS[name](params).step
-        except Exception as error:  # whatever keeps a peer from running is its reason
-            print(f"{name}: missing ({type(error).__name__}: {str(error).splitlines()[:1]})")
-            continue
-        if updates(step, [_memory(param) for param in params]):
+        step = step_of(name, partial(_peer_step, PEERS[name], case), print)
+        if step is not None:
             steps[name] = step
-        else:
-            print(f"{name}: does not update its parameters, not timed")
     others = machine.Others()
     timings = interleaved(steps, budget)
     return {
@@ -115,6 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = machine.write_record(args.output, "torch_optim", record["cpu"], record)
     print(f"wrote {path}")
     return 0 if all(row["met"] for row in rows) else 1
+
+
+def _peer_step(make: Callable[[list[torch.Tensor]], Any], case: Case) -> tuple[Step, list[Any]]:
+    params = _parameters(case)
+    return make(params).step, [_memory(param) for param in params]
 
 
 def _memory(tensor: torch.Tensor) -> Any:
