@@ -181,14 +181,14 @@ public:
             codes[u] = Format::template encode<V>(bits_of(values[u]), scale.reciprocal,
                                                   rounding_of(scale.random, Order::elements(vector + u)));
         }
-        Order::store(codes_, vector, codes);
+        Order::template store_bytes<dropped_bits>(codes_, vector, codes);
     }
 
     // After all of the block has been encoded.
     FUSEDSTEP_INLINE void finish(const Scale& scale) const {
-        if (is_finite_block(scale.greatest)) return;
+        if (has_codes(scale.greatest)) return;
         std::memset(codes_, 0, block_elements);
-        *unit_at_ = nan_bits;
+        *unit_at_ = unit_without_codes(scale.greatest);
     }
 
     FUSEDSTEP_INLINE void advance() {

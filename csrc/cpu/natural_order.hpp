@@ -35,6 +35,12 @@ struct Natural {
         store(block, vector, {from[0] >> 16, from[1] >> 16, from[2] >> 16, from[3] >> 16});
     }
 
+    // ... or in the byte that words.hpp says, from `bits` on ...
+    template <int bits, class Item>
+    FUSEDSTEP_INLINE static void store_bytes(Item* block, int vector, const B (&from)[4]) {
+        B::store_bytes(block + vector * V::lanes, from, bits);
+    }
+
     // ... or in its second byte, with the uppermost bit flipped.
     FUSEDSTEP_INLINE static void store_middle(uint8_t* block, int vector, const B (&from)[4]) {
         B items[4];

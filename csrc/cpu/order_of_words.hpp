@@ -16,17 +16,16 @@ struct HalfOfWords {
     B x;
     bool odd;
 
-    FUSEDSTEP_INLINE friend HalfOfWords absolute(HalfOfWords a) { return {absolute_words(a.x), a.odd}; }
     FUSEDSTEP_INLINE friend B upper(HalfOfWords a) { return a.odd ? a.x & B(0xFFFF0000u) : a.x << 16; }
     FUSEDSTEP_INLINE friend B middle(HalfOfWords a) { return multiplied_words(a.x, B(a.odd ? 0x01000000u : 0x0100u)); }
-    template <int bits, uint32_t base>
+    template <int bits, uint32_t mask, uint32_t base>
     FUSEDSTEP_INLINE friend B raised(HalfOfWords a) {
         static_assert(bits >= 16 && base % 0x10000u == 0);
-        return upper(HalfOfWords{raised_words(a.x, bits - 16, base >> 16), a.odd});
+        return upper(HalfOfWords{and_or(shifted_words(a.x, bits - 16), in_both(mask), in_both(base)), a.odd});
     }
-    FUSEDSTEP_INLINE friend V signed_as(V value, HalfOfWords of) {
-        return signed_as(value, of.odd ? of.x : of.x << 16);
-    }
+
+private:
+    FUSEDSTEP_INLINE static B in_both(uint32_t upper) { return B(upper >> 16 | (upper & 0xFFFF0000u)); }
 };
 
 template <class V>
@@ -50,9 +49,20 @@ struct OrderOfWords {
     FUSEDSTEP_INLINE static void store_middle(uint8_t* block, int vector, const B (&from)[4]) {
         B::store_upper_flipped(block + first(vector), words(from[0], from[1] << 16), words(from[2], from[3] << 16));
     }
-    template <class Item>
-    FUSEDSTEP_INLINE static void store(Item* block, int vector, const B (&from)[4]) {
-        B::store_words(block + first(vector), words(from[0], from[1] << 16), words(from[2], from[3] << 16));
+    // The bytes of two vectors of words.
+    template <int bits>
+    FUSEDSTEP_INLINE static void store_bytes(uint8_t* block, int vector, const B (&from)[4]) {
+        const auto pair = [&](int i) __attribute__((always_inline)) {
+            return words(shifted_as_signed(from[i], bits), shifted_as_signed(from[i + 1], bits - 16));
+        };
+        B::store_words(block + first(vector), pair(0), pair(2));
+    }
+    template <int bits>
+    FUSEDSTEP_INLINE static void store_bytes(int8_t* block, int vector, const B (&from)[4]) {
+        const auto pair = [&](int i) __attribute__((always_inline)) {
+            return signed_bytes(words(from[i] >> bits, from[i + 1] >> (bits - 16)), 31 - bits);
+        };
+        B::store_words(reinterpret_cast<uint8_t*>(block) + first(vector), pair(0), pair(2));
     }
 
 private:

@@ -163,14 +163,22 @@ struct U32 {
         for (int i = 0; i < 4; i += 2) store_quarters(to + 8 * i, _mm256_packus_epi32(from[i].x, from[i + 1].x));
     }
     FUSEDSTEP_INLINE static void store(uint8_t* to, const U32 (&from)[4]) {
-        store_bytes(to, _mm256_packus_epi16(_mm256_packus_epi32(from[0].x, from[1].x),
-                                            _mm256_packus_epi32(from[2].x, from[3].x)));
+        store_packed(to, _mm256_packus_epi16(_mm256_packus_epi32(from[0].x, from[1].x),
+                                             _mm256_packus_epi32(from[2].x, from[3].x)));
     }
-    FUSEDSTEP_INLINE static void store(int8_t* to, const U32 (&from)[4]) {
-        store_bytes(
-            to, _mm256_packs_epi16(_mm256_packs_epi32(from[0].x, from[1].x), _mm256_packs_epi32(from[2].x, from[3].x)));
+    // The bytes that words.hpp says.
+    FUSEDSTEP_INLINE static void store_bytes(uint8_t* to, const U32 (&from)[4], int bits) {
+        U32 codes[4];
+        for (int i = 0; i < 4; ++i) codes[i] = shifted_as_signed(from[i], bits);
+        store(to, codes);
     }
-    FUSEDSTEP_INLINE static void store_bytes(void* to, __m256i packed) {
+    FUSEDSTEP_INLINE static void store_bytes(int8_t* to, const U32 (&from)[4], int bits) {
+        const auto pair = [&](int i) __attribute__((always_inline)) {
+            return signed_bytes(U32(_mm256_packus_epi32((from[i] >> bits).x, (from[i + 1] >> bits).x)), 31 - bits).x;
+        };
+        store_packed(to, _mm256_packus_epi16(pair(0), pair(2)));
+    }
+    FUSEDSTEP_INLINE static void store_packed(void* to, __m256i packed) {
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(packed, order));
     }
@@ -186,9 +194,6 @@ struct U32 {
     }
     FUSEDSTEP_INLINE static void store_words(uint8_t* to, U32 a, U32 b) {
         store_quarters(to, _mm256_packus_epi16(a.x, b.x));
-    }
-    FUSEDSTEP_INLINE static void store_words(int8_t* to, U32 a, U32 b) {
-        store_quarters(to, _mm256_packs_epi16(a.x, b.x));
     }
     // The upper bytes of words, with the uppermost bits flipped.
     FUSEDSTEP_INLINE static void store_upper_flipped(uint8_t* to, U32 a, U32 b) {
@@ -223,6 +228,7 @@ struct U32 {
     FUSEDSTEP_INLINE friend U32 operator&(U32 a, U32 b) { return _mm256_and_si256(a.x, b.x); }
     FUSEDSTEP_INLINE friend U32 operator|(U32 a, U32 b) { return _mm256_or_si256(a.x, b.x); }
     FUSEDSTEP_INLINE friend U32 operator^(U32 a, U32 b) { return _mm256_xor_si256(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 and_or(U32 a, U32 b, U32 c) { return (a & b) | c; }
     FUSEDSTEP_INLINE friend U32 operator<<(U32 a, int n) { return _mm256_slli_epi32(a.x, n); }
     FUSEDSTEP_INLINE friend U32 operator>>(U32 a, int n) { return _mm256_srli_epi32(a.x, n); }
     FUSEDSTEP_INLINE friend U32 max(U32 a, U32 b) { return _mm256_max_epu32(a.x, b.x); }
@@ -232,19 +238,15 @@ struct U32 {
     }
     // In each lane the sum of the products of two signed words.
     FUSEDSTEP_INLINE friend U32 multiplied_words(U32 a, U32 b) { return _mm256_madd_epi16(a.x, b.x); }
-    FUSEDSTEP_INLINE friend U32 absolute_words(U32 a) { return _mm256_abs_epi16(a.x); }
-    FUSEDSTEP_INLINE friend U32 raised_words(U32 a, int n, uint32_t base) {
-        return _mm256_add_epi16(_mm256_slli_epi16(a.x, n), _mm256_set1_epi16(static_cast<int16_t>(base)));
+    FUSEDSTEP_INLINE friend U32 shifted_words(U32 a, int n) { return _mm256_slli_epi16(a.x, n); }
+    FUSEDSTEP_INLINE friend U32 shifted_as_signed(U32 a, int n) { return _mm256_srai_epi32(a.x, n); }
+    // Of words, the lower seven bits and bit `sign` in the eighth.
+    FUSEDSTEP_INLINE friend U32 signed_bytes(U32 a, int sign) {
+        return (a & U32(0x007F007Fu)) | (U32(_mm256_srli_epi16(a.x, sign - 7)) & U32(0x00800080u));
     }
     // The lower halves of `even` and the upper ones of `odd`, in turn.
     FUSEDSTEP_INLINE friend U32 words(U32 even, U32 odd) { return _mm256_blend_epi16(even.x, odd.x, 0b10101010); }
-    FUSEDSTEP_INLINE friend U32 absolute(U32 a) { return _mm256_abs_epi32(a.x); }
-    FUSEDSTEP_INLINE friend U32 with_sign(U32 a, U32 of) { return _mm256_sign_epi32(a.x, of.x); }
 };
-
-FUSEDSTEP_INLINE F32 signed_as(F32 value, U32 of) {
-    return _mm256_blendv_ps(value.x, (F32(0.0f) - value).x, _mm256_castsi256_ps(of.x));
-}
 
 FUSEDSTEP_INLINE F32 number_or(F32 a, F32 b) {
     return _mm256_blendv_ps(a.x, b.x, _mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q));

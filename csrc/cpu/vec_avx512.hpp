@@ -165,14 +165,22 @@ struct U32 {
         for (int i = 0; i < 4; i += 2) store_quarters(to + 16 * i, _mm512_packus_epi32(from[i].x, from[i + 1].x));
     }
     FUSEDSTEP_INLINE static void store(uint8_t* to, const U32 (&from)[4]) {
-        store_bytes(to, _mm512_packus_epi16(_mm512_packus_epi32(from[0].x, from[1].x),
-                                            _mm512_packus_epi32(from[2].x, from[3].x)));
+        store_packed(to, _mm512_packus_epi16(_mm512_packus_epi32(from[0].x, from[1].x),
+                                             _mm512_packus_epi32(from[2].x, from[3].x)));
     }
-    FUSEDSTEP_INLINE static void store(int8_t* to, const U32 (&from)[4]) {
-        store_bytes(
-            to, _mm512_packs_epi16(_mm512_packs_epi32(from[0].x, from[1].x), _mm512_packs_epi32(from[2].x, from[3].x)));
+    // The bytes that words.hpp says.
+    FUSEDSTEP_INLINE static void store_bytes(uint8_t* to, const U32 (&from)[4], int bits) {
+        U32 codes[4];
+        for (int i = 0; i < 4; ++i) codes[i] = shifted_as_signed(from[i], bits);
+        store(to, codes);
     }
-    FUSEDSTEP_INLINE static void store_bytes(void* to, __m512i packed) {
+    FUSEDSTEP_INLINE static void store_bytes(int8_t* to, const U32 (&from)[4], int bits) {
+        const auto pair = [&](int i) __attribute__((always_inline)) {
+            return signed_bytes(U32(_mm512_packus_epi32((from[i] >> bits).x, (from[i + 1] >> bits).x)), 31 - bits).x;
+        };
+        store_packed(to, _mm512_packus_epi16(pair(0), pair(2)));
+    }
+    FUSEDSTEP_INLINE static void store_packed(void* to, __m512i packed) {
         const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, packed));
     }
@@ -186,9 +194,6 @@ struct U32 {
     }
     FUSEDSTEP_INLINE static void store_words(uint8_t* to, U32 a, U32 b) {
         store_quarters(to, _mm512_packus_epi16(a.x, b.x));
-    }
-    FUSEDSTEP_INLINE static void store_words(int8_t* to, U32 a, U32 b) {
-        store_quarters(to, _mm512_packs_epi16(a.x, b.x));
     }
     // The upper bytes of words, with the uppermost bits flipped.
     FUSEDSTEP_INLINE static void store_upper_flipped(uint8_t* to, U32 a, U32 b) {
@@ -227,6 +232,10 @@ struct U32 {
     FUSEDSTEP_INLINE friend U32 operator&(U32 a, U32 b) { return _mm512_and_si512(a.x, b.x); }
     FUSEDSTEP_INLINE friend U32 operator|(U32 a, U32 b) { return _mm512_or_si512(a.x, b.x); }
     FUSEDSTEP_INLINE friend U32 operator^(U32 a, U32 b) { return _mm512_xor_si512(a.x, b.x); }
+    FUSEDSTEP_INLINE friend U32 and_or(U32 a, U32 b, U32 c) {
+        constexpr int a_and_b_or_c = 0xEA;
+        return _mm512_ternarylogic_epi32(a.x, b.x, c.x, a_and_b_or_c);
+    }
     FUSEDSTEP_INLINE friend U32 operator<<(U32 a, int n) { return _mm512_slli_epi32(a.x, n); }
     FUSEDSTEP_INLINE friend U32 operator>>(U32 a, int n) { return _mm512_srli_epi32(a.x, n); }
     FUSEDSTEP_INLINE friend U32 max(U32 a, U32 b) { return _mm512_max_epu32(a.x, b.x); }
@@ -240,26 +249,19 @@ struct U32 {
         const __mmask16 odd = _mm512_test_epi32_mask(a.x, _mm512_set1_epi32(0x10000));
         return _mm512_mask_add_epi32((a + U32(0x7FFFu)).x, odd, a.x, _mm512_set1_epi32(0x8000));
     }
-    FUSEDSTEP_INLINE friend U32 absolute_words(U32 a) { return _mm512_abs_epi16(a.x); }
-    FUSEDSTEP_INLINE friend U32 raised_words(U32 a, int n, uint32_t base) {
-        return _mm512_add_epi16(_mm512_slli_epi16(a.x, n), _mm512_set1_epi16(static_cast<int16_t>(base)));
+    FUSEDSTEP_INLINE friend U32 shifted_words(U32 a, int n) { return _mm512_slli_epi16(a.x, n); }
+    FUSEDSTEP_INLINE friend U32 shifted_as_signed(U32 a, int n) { return _mm512_srai_epi32(a.x, n); }
+    // Of words, the lower seven bits and bit `sign` in the eighth.
+    FUSEDSTEP_INLINE friend U32 signed_bytes(U32 a, int sign) {
+        constexpr int b_where_a_else_c = 0xCA;
+        return _mm512_ternarylogic_epi32(U32(0x007F007Fu).x, a.x, _mm512_srli_epi16(a.x, sign - 7), b_where_a_else_c);
     }
     // The lower halves of `even` and the upper ones of `odd`, in turn.
     FUSEDSTEP_INLINE friend U32 words(U32 even, U32 odd) {
         constexpr int b_where_a_else_c = 0xCA;
         return _mm512_ternarylogic_epi32(U32(0xFFFF0000u).x, odd.x, even.x, b_where_a_else_c);
     }
-    FUSEDSTEP_INLINE friend U32 absolute(U32 a) { return _mm512_abs_epi32(a.x); }
-    FUSEDSTEP_INLINE friend U32 with_sign(U32 a, U32 of) {
-        return _mm512_mask_sub_epi32(a.x, _mm512_movepi32_mask(of.x), _mm512_setzero_si512(), a.x);
-    }
 };
-
-FUSEDSTEP_INLINE F32 signed_as(F32 value, U32 of) {
-    constexpr int a_and_b_xor_c = 0x6A;
-    return _mm512_castsi512_ps(
-        _mm512_ternarylogic_epi32(of.x, _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(value.x), a_and_b_xor_c));
-}
 
 FUSEDSTEP_INLINE F32 number_or(F32 a, F32 b) {
     const __m512i first_but_for_nan = _mm512_set1_epi32(0x11111100);

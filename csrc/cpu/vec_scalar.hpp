@@ -1,12 +1,13 @@
 // The portable "vector" of one number: the reference for every other instruction set, and the only one
 // on machines other than x86-64. fma(a, b, c) is a * b + c, fms(a, b, c) is a * b - c, both rounded once. U32 is the
 // same number of lanes of integers: `if_greater(a, b, yes, no)` compares them as signed ones, `greatest` is of all
-// lanes, `with_sign(a, of)` is for an `a` that is 0 where `of` is.
+// lanes.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "../formats/words.hpp"
 #include "../rules/inline.hpp"
 #include "natural_order.hpp"
 
@@ -67,6 +68,12 @@ struct U32 {
     FUSEDSTEP_INLINE static void store(Item* to, const U32 (&from)[4]) {
         for (int i = 0; i < 4; ++i) to[i] = static_cast<Item>(from[i].x);
     }
+    FUSEDSTEP_INLINE static void store_bytes(uint8_t* to, const U32 (&from)[4], int bits) {
+        for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(unsigned_byte(from[i].x, bits));
+    }
+    FUSEDSTEP_INLINE static void store_bytes(int8_t* to, const U32 (&from)[4], int bits) {
+        for (int i = 0; i < 4; ++i) to[i] = static_cast<int8_t>(signed_byte(from[i].x, bits));
+    }
     FUSEDSTEP_INLINE static U32 lane_numbers() { return U32(0); }
     FUSEDSTEP_INLINE U32 greatest() const { return *this; }
     FUSEDSTEP_INLINE uint32_t first() const { return x; }
@@ -77,6 +84,7 @@ struct U32 {
     FUSEDSTEP_INLINE friend U32 operator&(U32 a, U32 b) { return U32(a.x & b.x); }
     FUSEDSTEP_INLINE friend U32 operator|(U32 a, U32 b) { return U32(a.x | b.x); }
     FUSEDSTEP_INLINE friend U32 operator^(U32 a, U32 b) { return U32(a.x ^ b.x); }
+    FUSEDSTEP_INLINE friend U32 and_or(U32 a, U32 b, U32 c) { return (a & b) | c; }
     FUSEDSTEP_INLINE friend U32 operator<<(U32 a, int n) { return U32(a.x << n); }
     FUSEDSTEP_INLINE friend U32 operator>>(U32 a, int n) { return U32(a.x >> n); }
     FUSEDSTEP_INLINE friend U32 max(U32 a, U32 b) { return U32(a.x > b.x ? a.x : b.x); }
@@ -84,14 +92,7 @@ struct U32 {
     FUSEDSTEP_INLINE friend U32 if_greater(U32 a, U32 b, U32 yes, U32 no) {
         return static_cast<int32_t>(a.x) > static_cast<int32_t>(b.x) ? yes : no;
     }
-    FUSEDSTEP_INLINE friend U32 absolute(U32 a) { return U32(static_cast<int32_t>(a.x) < 0 ? 0u - a.x : a.x); }
-    FUSEDSTEP_INLINE friend U32 with_sign(U32 a, U32 of) {
-        return U32(static_cast<int32_t>(of.x) < 0 ? 0u - a.x : a.x);
-    }
 };
-
-// A positive value with the sign of an integer.
-FUSEDSTEP_INLINE F32 signed_as(F32 value, U32 of) { return F32(static_cast<int32_t>(of.x) < 0 ? -value.x : value.x); }
 
 // The first, unless it is a NaN.
 FUSEDSTEP_INLINE F32 number_or(F32 a, F32 b) { return a.x == a.x ? a : b; }

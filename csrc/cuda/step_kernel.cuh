@@ -235,17 +235,17 @@ public:
         }
         for_each_element(values, [&](auto& element) { Rule::update_state(element, scalars); });
         BlockScale<Vec<float>> scales[Rule::streams];
-        bool finite[Rule::streams] = {};
+        bool coded[Rule::streams] = {};
         FUSEDSTEP_UNROLL
         for (int k = 2; k < Rule::streams; ++k) {
-            if (is_blockwise(formats_.of(k))) scales[k] = scale_of_block(k, values, finite[k], team);
+            if (is_blockwise(formats_.of(k))) scales[k] = scale_of_block(k, values, coded[k], team);
         }
         for_each_element(values, [&](auto& element) { Rule::update_parameter(element, scalars); });
         FUSEDSTEP_UNROLL
         for (int k = 0; k < Rule::streams; ++k) {
             if ((Rule::written >> k & 1) == 0) continue;
             FUSEDSTEP_UNROLL
-            for (int p = 0; p < packs; ++p) encode_pack(k, p, values[p][k], random, scales[k], finite[k]);
+            for (int p = 0; p < packs; ++p) encode_pack(k, p, values[p][k], random, scales[k], coded[k]);
         }
         if (zero_grad) zero();
     }
@@ -293,12 +293,12 @@ private:
     }
 
     FUSEDSTEP_INLINE void encode_pack(int k, int p, const Vec<float> (&values)[lanes], uint64_t random,
-                                      const BlockScale<Vec<float>>& scale, bool finite) const {
+                                      const BlockScale<Vec<float>>& scale, bool coded) const {
         uint32_t items[lanes], extras[lanes], words[lanes];
         if (k == 2 && formats_.of(k) == Format::signed8)
-            encode_codes<Signed8>(values, random, at(p), scale, finite, items);
+            encode_codes<Signed8>(values, random, at(p), scale, coded, items);
         else if (k > 2 && formats_.of(k) == Format::unsigned8)
-            encode_codes<Unsigned8>(values, random, at(p), scale, finite, items);
+            encode_codes<Unsigned8>(values, random, at(p), scale, coded, items);
         else
             encode(k, formats_.of(k), values, random, at(p), items, extras);
         put_items_in(formats_.item(k), words, items);
@@ -335,7 +335,7 @@ private:
     // Of the greatest value of the block's elements; one thread writes its unit. All have read the old one.
     FUSEDSTEP_INLINE BlockScale<Vec<float>> scale_of_block(int k,
                                                            const Vec<float> (&values)[packs][Rule::streams][lanes],
-                                                           bool& finite, const Team& team) const {
+                                                           bool& coded, const Team& team) const {
         uint32_t greatest = 0;
         FUSEDSTEP_UNROLL
         for (int p = 0; p < packs; ++p) {
@@ -347,12 +347,12 @@ private:
             }
         }
         greatest = greatest_of<threads>(team, greatest);
-        finite = is_finite_block(greatest);
+        coded = has_codes(greatest);
         const Vec<float> value = from_bits(U32(greatest));
         const BlockScale<Vec<float>> scale = k == 2 ? scale_of<Signed8>(value) : scale_of<Unsigned8>(value);
         if (first_ == 0 && count_ > 0) {
             static_cast<uint32_t*>(arrays_[Rule::streams + k])[begin_ / block_elements] =
-                finite ? bits_of(scale.unit).x : nan_bits;
+                coded ? bits_of(scale.unit).x : unit_without_codes(greatest);
         }
         return scale;
     }

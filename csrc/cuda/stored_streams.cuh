@@ -159,12 +159,12 @@ FUSEDSTEP_INLINE void encode_as(const Vec<float> (&values)[lanes], uint64_t rand
 
 template <class Moment, int lanes>
 FUSEDSTEP_INLINE void encode_codes(const Vec<float> (&values)[lanes], uint64_t random, int first,
-                                   const BlockScale<Vec<float>>& scale, bool finite, uint32_t (&codes)[lanes]) {
+                                   const BlockScale<Vec<float>>& scale, bool coded, uint32_t (&codes)[lanes]) {
     FUSEDSTEP_UNROLL
     for (int i = 0; i < lanes; ++i) {
         const U32 rounding = rounding_of(static_cast<uint32_t>(random >> 32), U32(static_cast<uint32_t>(first + i)));
-        const U32 code = Moment::template encode<Vec<float>>(bits_of(values[i]), scale.reciprocal, rounding);
-        codes[i] = finite ? code.x : 0;
+        const U32 bits = Moment::template encode<Vec<float>>(bits_of(values[i]), scale.reciprocal, rounding);
+        codes[i] = coded ? Moment::code(bits.x) : 0;
     }
 }
 

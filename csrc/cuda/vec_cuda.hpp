@@ -32,16 +32,13 @@ struct U32 {
     FUSEDSTEP_INLINE friend U32 operator&(U32 a, U32 b) { return U32(a.x & b.x); }
     FUSEDSTEP_INLINE friend U32 operator|(U32 a, U32 b) { return U32(a.x | b.x); }
     FUSEDSTEP_INLINE friend U32 operator^(U32 a, U32 b) { return U32(a.x ^ b.x); }
+    FUSEDSTEP_INLINE friend U32 and_or(U32 a, U32 b, U32 c) { return (a & b) | c; }
     FUSEDSTEP_INLINE friend U32 operator<<(U32 a, int n) { return U32(a.x << n); }
     FUSEDSTEP_INLINE friend U32 operator>>(U32 a, int n) { return U32(a.x >> n); }
     FUSEDSTEP_INLINE friend U32 max(U32 a, U32 b) { return U32(a.x > b.x ? a.x : b.x); }
     FUSEDSTEP_INLINE friend U32 min(U32 a, U32 b) { return U32(a.x < b.x ? a.x : b.x); }
     FUSEDSTEP_INLINE friend U32 if_greater(U32 a, U32 b, U32 yes, U32 no) {
         return static_cast<int32_t>(a.x) > static_cast<int32_t>(b.x) ? yes : no;
-    }
-    FUSEDSTEP_INLINE friend U32 absolute(U32 a) { return U32(static_cast<int32_t>(a.x) < 0 ? 0u - a.x : a.x); }
-    FUSEDSTEP_INLINE friend U32 with_sign(U32 a, U32 of) {
-        return U32(static_cast<int32_t>(of.x) < 0 ? 0u - a.x : a.x);
     }
 };
 
@@ -74,9 +71,6 @@ struct Vec<float> {
     }
     FUSEDSTEP_INLINE friend Vec fms(Vec a, Vec b, Vec c) { return fma(a, b, Vec(-c.x)); }
     FUSEDSTEP_INLINE friend Vec number_or(Vec a, Vec b) { return a.x == a.x ? a : b; }
-    FUSEDSTEP_INLINE friend Vec signed_as(Vec value, U32 of) {
-        return Vec(static_cast<int32_t>(of.x) < 0 ? -value.x : value.x);
-    }
 };
 
 template <>

@@ -1,5 +1,5 @@
-// Moments in 8 bits: blocks of 64 elements share a float32 `unit`, and an element is a small float counted
-// from one, y = 1 + |x| / unit, of which 4 bits of mantissa are kept. docs/eight_bit.md says why.
+// Moments in 8 bits: blocks of 64 elements share a float32 `unit`, and an element is a small float y, |x| / unit
+// counted from an `origin`, of which 4 bits of mantissa are kept. docs/eight_bit.md says why.
 //
 // Rounding is stochastic: to nearest, a second moment whose gradients have become smaller than its
 // neighbours' would stay where it was, since (1 - beta2) of the way is less than half a code.
@@ -10,10 +10,11 @@
 
 #include "bfloat16.hpp"
 #include "random.hpp"
+#include "words.hpp"
 
 namespace fusedstep {
 
-constexpr uint32_t one_bits = 0x3F800000u;
+constexpr uint32_t two_bits = 0x40000000u;
 constexpr int dropped_bits = 19;  // of y's mantissa
 constexpr uint32_t nan_bits = 0x7FC00000u;
 constexpr float infinity = std::numeric_limits<float>::infinity();  // device code may not call the function
@@ -31,8 +32,10 @@ FUSEDSTEP_INLINE V unit_of(V stored) {
 }
 
 // `greatest` is the largest of a block's magnitudes, compared as integers: NaN are above infinity there. A block
-// that reaches 16 ulp below infinity has codes of 0 and a unit of NaN, so that what is finite decodes finite.
-FUSEDSTEP_INLINE bool is_finite_block(uint32_t greatest) { return greatest < 0x7F7FFFF0u; }
+// that reaches 16 ulp below infinity has codes of 0 and a unit of NaN, so that what is finite decodes finite, and a
+// block of zeros is zero bytes.
+FUSEDSTEP_INLINE bool has_codes(uint32_t greatest) { return greatest - 1 < 0x7F7FFFF0u - 1; }
+FUSEDSTEP_INLINE uint32_t unit_without_codes(uint32_t greatest) { return greatest == 0 ? 0 : nan_bits; }
 
 // On the CPU, a block's scale is computed in one lane: a division of a whole vector takes three times as long.
 FUSEDSTEP_INLINE float max(float a, float b) { return a > b ? a : b; }
@@ -48,31 +51,27 @@ FUSEDSTEP_INLINE BlockScale<V> scale_of(V greatest) {
     return scale_of(greatest, V(Moment::inverse_span));
 }
 
-// What rounds the bits of y: random ones below the cut, and those of one are taken away. Adding uniform bits below
+// What rounds the bits of y: random ones below the cut, and those of two are taken away. Adding uniform bits below
 // the cut and cutting rounds up as often as the fraction that is cut says.
 template <class B>
 FUSEDSTEP_INLINE B rounding_of(uint32_t random, B elements) {
-    return random_bits<dropped_bits, 0u - one_bits>(random, elements);
+    return random_bits<dropped_bits, 0u - two_bits>(random, elements);
 }
 
-// The bits of y above those of one, rounded at random.
 template <class V>
-FUSEDSTEP_INLINE typename V::Bits code_of(typename V::Bits positive, V reciprocal, typename V::Bits rounding) {
-    return (bits_of(fma(from_bits(positive), reciprocal, V(1.0f))) + rounding) >> dropped_bits;
+FUSEDSTEP_INLINE V with_sign_of(V positive, typename V::Bits of) {
+    return from_bits(and_or(of, typename V::Bits(0x80000000u), bits_of(positive)));
 }
 
-template <class V, class Words>
-FUSEDSTEP_INLINE V value_of(Words code, V unit) {
-    return fms(from_bits(raised<dropped_bits, one_bits>(code)), unit, unit);  // (y - 1) * unit
-}
+// Of both: `size` of a value's bits, as an integer, is what the greatest of a block is chosen by. What is encoded is
+// the bits of y above those of two, rounded at random; its code is what lies above the cut.
 
-// Of both: `size` of a value's bits, as an integer, is what the greatest of a block is chosen by.
-
-// A first moment: 3 bits of exponent and 4 of mantissa, with a sign.
+// A first moment: a sign, 3 bits of exponent and 4 of mantissa.
 struct Signed8 {
     using Item = int8_t;
-    // The smallest float32 that is at least (1 + 2^-23) / 247: no y comes out above that of the largest code.
-    static constexpr float inverse_span = 0x1.0953F6p-8f;
+    static constexpr float origin = 2.0f;
+    // The smallest float32 that is at least (1 + 2^-23) / (496 - 2): no y comes out above that of the largest code.
+    static constexpr float inverse_span = 0x1.0953F6p-9f;
 
     template <class B>
     FUSEDSTEP_INLINE static B size(B bits) {
@@ -81,20 +80,26 @@ struct Signed8 {
 
     template <class V, class Words>
     FUSEDSTEP_INLINE static V decode(Words code, V unit) {
-        return value_of(absolute(code), signed_as(unit, code));
+        constexpr uint32_t sign_and_code = 0x80000000u | 0x7Fu << dropped_bits;
+        const auto y = raised<dropped_bits, sign_and_code, two_bits>(code);
+        return fms(from_bits(y), unit, with_sign_of(unit * V(origin), y));
     }
 
     template <class V>
     FUSEDSTEP_INLINE static typename V::Bits encode(typename V::Bits bits, V reciprocal, typename V::Bits rounding) {
-        return with_sign(code_of<V>(magnitude(bits), reciprocal, rounding), bits);
+        return bits_of(fma(from_bits(bits), reciprocal, with_sign_of(V(origin), bits))) + rounding;
     }
+
+    // Of what is encoded, the code.
+    FUSEDSTEP_INLINE static uint32_t code(uint32_t bits) { return signed_byte(bits, dropped_bits); }
 };
 
-// A second moment: 4 bits of exponent and 4 of mantissa. One that is not 0 never gets the code 0, by which an
-// update would be divided.
+// A second moment: 4 bits of exponent and 4 of mantissa. Code 0 is the smallest moment there is, by which an update can
+// be divided, and not zero, which is a whole block only. Below that y is less than two, and its code is cut to 0.
 struct Unsigned8 {
     using Item = uint8_t;
-    static constexpr float inverse_span = 0x1.084324p-16f;  // the same of 63487
+    static constexpr float origin = 1.9375f;
+    static constexpr float inverse_span = 0x1.08431Cp-17f;  // the same of 126976 - 1.9375
 
     // A second moment has no sign. What has one all the same is NaN, or makes a NaN of its block.
     template <class B>
@@ -104,13 +109,15 @@ struct Unsigned8 {
 
     template <class V, class Words>
     FUSEDSTEP_INLINE static V decode(Words code, V unit) {
-        return value_of(code, unit);
+        return fms(from_bits(raised<dropped_bits, 0xFFFFFFFFu, two_bits>(code)), unit, unit * V(origin));
     }
 
     template <class V>
     FUSEDSTEP_INLINE static typename V::Bits encode(typename V::Bits bits, V reciprocal, typename V::Bits rounding) {
-        return max(code_of<V>(bits, reciprocal, rounding), min(bits, typename V::Bits(1u)));
+        return bits_of(fma(from_bits(bits), reciprocal, V(origin))) + rounding;
     }
+
+    FUSEDSTEP_INLINE static uint32_t code(uint32_t bits) { return unsigned_byte(bits, dropped_bits); }
 };
 
 }  // namespace fusedstep

@@ -1,6 +1,6 @@
 // Items of 8 and 16 bits on their way to the 32-bit lanes in which a rule computes. In general they are read into
 // such lanes, B, and this is all there is to it. An instruction set may have a type of its own for them, with the
-// same functions, absolute() and signed_as().
+// same functions.
 #pragma once
 
 #include <cstdint>
@@ -21,11 +21,19 @@ FUSEDSTEP_INLINE B middle(B words) {
     return words << 8;
 }
 
-// ... and times 2^bits, with `base` added, of which the lower 16 bits are zero. `bits` is at least 16.
-template <int bits, uint32_t base, class B>
+// ... and times 2^bits, of which the bits of `mask` count, with `base` beside them. `bits` is at least 16, and neither
+// has any below.
+template <int bits, uint32_t mask, uint32_t base, class B>
 FUSEDSTEP_INLINE B raised(B words) {
-    static_assert(bits >= 16 && base % 0x10000u == 0);
-    return (words << bits) + B(base);
+    return and_or(words << bits, B(mask), B(base));
+}
+
+// The byte that is kept of a lane: its sign and the 7 bits from `bits` on ...
+FUSEDSTEP_INLINE uint32_t signed_byte(uint32_t lane, int bits) { return (lane >> 24 & 0x80u) | (lane >> bits & 0x7Fu); }
+
+// ... or, of a lane without a sign, the 8 bits, all that it has above them. A negative one is 0.
+FUSEDSTEP_INLINE uint32_t unsigned_byte(uint32_t lane, int bits) {
+    return static_cast<int32_t>(lane) < 0 ? 0u : lane >> bits;
 }
 
 }  // namespace fusedstep
