@@ -445,14 +445,14 @@ def test_state_is_converted_when_it_is_loaded(saved, own):
         assert np.array_equal(np.sign(after)[after != 0], np.sign(before)[after != 0])
 
 
-def test_a_second_moment_of_negative_zero_is_a_zero():
+def test_a_second_moment_of_negative_zero_is_one_of_zero():
     param = np.ones(70, np.float32)
     saved = copy.deepcopy(fs.Adam(param).state_dict())
     saved["state"][0]["exp_avg_sq"][:] = [-0.0] * 35 + [1.0] * 35
     optimizer = fs.Adam(param, state_dtype="8bit")
     optimizer.load_state_dict(saved)
     moment = read_moment(optimizer.state[0], "exp_avg_sq")
-    assert not moment[:35].any()
+    assert np.allclose(moment[:35], 2.0**-21, rtol=0.1)  # the smallest beside the others
     assert np.allclose(moment[35:], 1.0, rtol=0.1)
 
 
@@ -495,9 +495,10 @@ def test_zeros_stay_zeros_and_a_second_moment_never_becomes_zero():
         state = optimizer.state[0]
         touched = np.ones(640, bool)
         touched[128:192] = False
-        assert (state["exp_avg_sq"][touched] > 0).all()
-        assert not state["exp_avg_sq"][~touched].any()
-        assert not state["exp_avg"][~touched].any()
+        assert (read_moment(state, "exp_avg_sq")[touched] > 0).all()
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert not state[key][~touched].any()
+            assert state[key + "_units"][2].tobytes() == bytes(4)
         assert not param[~touched].any()
         assert np.isfinite(param).all()
 
@@ -572,7 +573,6 @@ def test_what_cannot_be_stored_is_refused(options, param, error, message):
             r"\['exp_avg'\]: uint8, but int8",
         ),
         (lambda s: s.pop("exp_avg_sq"), ValueError, "no 'exp_avg_sq'"),
-        (lambda s: s["exp_avg"].__setitem__(3, -128), ValueError, "a code of -128"),
         (lambda s: s["exp_avg_units"].__setitem__(0, -1), ValueError, "a unit never is"),
         (
             lambda s: (

@@ -174,8 +174,6 @@ def converted(
         order = _saved_order(entry, param, where)
         size = math.prod(param.shape)
         _check(saved, (size,), code_dtype(key), f"{where}[{key!r}]")
-        if (saved == -128).any():
-            raise ValueError(f"{where}[{key!r}]: a code of -128, which stands for nothing")
         wanted = (-(-size // BLOCK),)
         _check(units, wanted, np.dtype(np.float32), f"{where}[{key + UNITS!r}]")
         if (units < 0).any():
