@@ -209,7 +209,9 @@ def test_a_decoded_block_encodes_to_itself(fmt):
         # The unit comes out an ulp or two larger, which can leave a value just short of its code.
         assert new_units == pytest.approx(units, rel=4e-7)
         assert moved.mean() < 0.02
-        assert (abs(again[moved].view(np.uint8).astype(int) - codes[moved].view(np.uint8)) <= 1).all()
+        assert (
+            abs(again[moved].view(np.uint8).astype(int) - codes[moved].view(np.uint8)) <= 1
+        ).all()
 
 
 @BOTH

@@ -168,7 +168,7 @@ struct U32 {
         store_packed(to, _mm512_packus_epi16(_mm512_packus_epi32(from[0].x, from[1].x),
                                              _mm512_packus_epi32(from[2].x, from[3].x)));
     }
-    // The bytes that words.hpp says.
+    // The bytes that words.hpp says: packing makes 0 of what is negative.
     FUSEDSTEP_INLINE static void store_bytes(uint8_t* to, const U32 (&from)[4], int bits) {
         U32 codes[4];
         for (int i = 0; i < 4; ++i) codes[i] = shifted_as_signed(from[i], bits);
