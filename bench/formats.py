@@ -14,6 +14,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,10 @@ def main() -> int:
     )
     args = parser.parse_args()
     quick = args.quick
+    needed = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "torch": "torch"}
+    missing = [name for module, name in needed.items() if find_spec(module) is None]
+    if missing:
+        parser.error(f"not installed: {', '.join(missing)} (pip install {' '.join(missing)})")
 
     seeds = range(2 if quick else 5)
     steps = {"digits": 100, "transformer": 15} if quick else {"digits": 800, "transformer": 300}
