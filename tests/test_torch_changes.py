@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 import weakref
 
 import numpy as np
@@ -166,8 +167,15 @@ CHANGES = (
 )  # fmt: skip
 
 
+@pytest.fixture(params=[True, False], ids=["known", "unknown"])
+def pytorch(request, monkeypatch):
+    """PyTorch with tensors as they are known to be, and with others, of which arrays are made."""
+    if not request.param:
+        monkeypatch.setattr(torch, "empty", lambda *_, **__: types.SimpleNamespace(_cdata=1))
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_changes_are_seen(change):
+def test_changes_are_seen(change, pytorch):
     ours, theirs = parameters(), parameters()
     optimizer = fst.AdamW(ours, lr=0.1)
     reference = torch.optim.AdamW(theirs, lr=0.1, foreach=False)
@@ -219,16 +227,27 @@ def test_a_refused_step_leaves_no_trace(gradient, message):
             assert torch.equal(after["state"][index][key], value)
 
 
-def test_a_usual_step_makes_nothing_anew():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.filterwarnings("ignore:.*step smaller than the spacing:UserWarning")
+def test_a_usual_step_makes_nothing_anew(dtype, monkeypatch):
     params = parameters()
+    for p in params:
+        p.data, p.grad = p.data.to(dtype), None
+        p.grad = torch.ones_like(p)
+    arrays = []
+    make_array = fst._array
+    monkeypatch.setattr(fst, "_array", lambda tensor: arrays.append(tensor) or make_array(tensor))
     optimizer = fst.AdamW(params)
     optimizer.step()
+    assert arrays
+    arrays.clear()
     native = optimizer._native
     for _ in range(3):
         optimizer.step()
         for p in params:
             p.grad = p.grad.clone()
     assert optimizer._native is native
+    assert not arrays
 
 
 @pytest.mark.parametrize("odd", [0, 150, 299])

@@ -166,6 +166,9 @@ public:
         return outcome;
     }
 
+    // Whether a step looks at a tensor itself, and not at an array of it: then it would see another one in its place.
+    bool reads_tensor(py::handle tensor) { return tensor_reader_.shape(tensor) != nullptr; }
+
     // Steps that find their gradients themselves, of tensors of PyTorch whose memory the parameters share.
     //
     // For each of PyTorch's groups: how many of the groups here have its parameters, and pairs of a tensor and the
@@ -185,8 +188,7 @@ public:
                 const auto number = tensor[1].cast<int64_t>();
                 const DType dtype = number < 0 ? DType::float32 : parameters_[number].view.dtype;
                 watched.tensors.push_back({tensor[0], number, dtype});
-                dlpack::Tensor description;
-                if (tensor_reader_.read(tensor[0], description)) watched.tensors.back().shape = description.shape;
+                watched.tensors.back().shape = tensor_reader_.shape(tensor[0]);
             }
         }
         for (const py::handle item : state) watched_state_.emplace_back(py::reinterpret_borrow<py::tuple>(item));
@@ -342,7 +344,7 @@ private:
         py::object tensor;
         int64_t parameter;
         DType dtype;
-        // Where a description has the shape, which is a part of the tensor; and of the last gradient, to be fetched.
+        // Where the shape is, which is a part of the tensor; and of the last gradient, to be fetched.
         const int64_t* shape = nullptr;
         const int64_t* gradient_shape = nullptr;
         const PyObject* gradient = nullptr;
@@ -487,12 +489,11 @@ private:
         const int64_t i = watched.parameter;
         Watch& watch = watches_[i];
         const py::ssize_t* const shape = shapes_.data() + watch.shape;
-        const auto is_usual = [&](py::handle tensor, dlpack::Tensor& description) {
-            return watch.usual && tensor_reader_.read(tensor, description) &&
-                   is_contiguous(description, watched.dtype, shape, watch.dimensions);
+        const auto is_usual = [&](py::handle tensor, TorchReader::Place& place) {
+            return watch.usual && tensor_reader_.read(tensor, watched.dtype, shape, watch.dimensions, place);
         };
         read_count(i);
-        dlpack::Tensor p, g;
+        TorchReader::Place p, g;
         if (is_usual(watched.tensor, p)) {
             // Another tensor may have been put in its place, even one of the same memory.
             if (p.shape != watched.shape) return false;
@@ -500,18 +501,17 @@ private:
                 prepared.memory[i] = parameters_[i].view.data;  // an empty tensor has none of its own
                 return true;
             }
-            if (dlpack::memory(p) != watch.data) return false;
+            if (p.data != watch.data) return false;
             if (is_usual(gradient, g)) {
                 watched.gradient_shape = g.shape;
                 watched.gradient = gradient.ptr();
-                char* const data = dlpack::memory(g);
-                if (data < watch.gap_begin || data + watch.bytes > watch.gap_end) {
+                if (g.data < watch.gap_begin || g.data + watch.bytes > watch.gap_end) {
                     ArrayView view = parameters_[i].view;
-                    view.data = data;
+                    view.data = g.data;
                     view.object = gradient;
                     check_gradient_memory(watch, view, {"grads", -1, &parameters_[i].suffix});
                 }
-                prepared.memory[i] = data;
+                prepared.memory[i] = g.data;
                 return true;
             }
         } else {
@@ -995,6 +995,7 @@ void bind_family(py::module_& module, const char* name) {
     native.def(py::init<bool, uint64_t>(), py::arg("decoupled") = false, py::arg("seed") = 0)
         .def("add_group", &Native::add_group)
         .def("check_group", &Native::check_group)
+        .def("reads_tensor", &Native::reads_tensor)
         .def("watch_tensors", &Native::watch_tensors)
         .def("step_tensors", &Native::step_tensors)
         .def_readonly_static("group_state_bytes", &Native::group_state_bytes)

@@ -74,6 +74,7 @@ class _Optimizer:
         gpu_norm: tuple[Any, Any] | None,
         /,
     ) -> tuple[float | None, bool] | None: ...
+    def reads_tensor(self, tensor: object, /) -> bool: ...
     def watch_tensors(
         self,
         groups: list[tuple[int, list[tuple[Any, int]]]],

@@ -288,7 +288,7 @@ class _Optimizer(torch.optim.Optimizer):
                 bound += part
             groups.append(len(parts))
         native.steps = [member.step for member in bound]
-        versioned = [_versioned(member) for member in bound]
+        versioned = [_versioned(member, native) for member in bound]
         made = []
         for member in bound:
             if member.entry:
@@ -691,7 +691,7 @@ def _stepped_together(members: Iterable[_Bound]) -> list[list[_Bound]]:
     return list(parts.values())
 
 
-def _versioned(member: _Bound) -> tuple[torch.Tensor, Any]:
+def _versioned(member: _Bound, native: Any) -> tuple[torch.Tensor, Any]:
     """Return a tensor that has a parameter's version counter, and a capsule that holds it.
 
     Raising the version of a tensor that C++ refers to as well takes half the time, since PyTorch
@@ -700,12 +700,11 @@ def _versioned(member: _Bound) -> tuple[torch.Tensor, Any]:
     """
     param, array = member.param, member.array
     if (
-        type(param) not in (torch.Tensor, torch.nn.Parameter)
-        or param.is_inference()
+        param.is_inference()
         # A step would not notice that these were swapped for an alias with a counter of its own.
+        or not native.reads_tensor(param)
         or isinstance(array, torch.Tensor)
         or not array.flags.c_contiguous
-        or not hasattr(param, "__dlpack_c_exchange_api__")
     ):
         return param, None
     with torch.inference_mode(False):
