@@ -9,6 +9,8 @@ import weakref
 import numpy as np
 import pytest
 
+import fusedstep as fs
+
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 fst = pytest.importorskip("fusedstep.torch")
 
@@ -248,6 +250,45 @@ def test_a_usual_step_makes_nothing_anew(dtype, monkeypatch):
             p.grad = p.grad.clone()
     assert optimizer._native is native
     assert not arrays
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize(
+    "sizes", [[5], [64] * 2000, [2**20 + 1]], ids=["one thread", "shared", "without the GIL"]
+)
+def test_a_step_is_counted_once_and_raises_each_version_once(sizes, threads):
+    fs.set_num_threads(threads)
+    params = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
+    optimizer = fst.AdamW(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = [p._version for p in params]
+    for _ in range(20):
+        optimizer.step()
+    assert {p._version - version for p, version in zip(params, before, strict=True)} == {20}
+    assert all(optimizer.state[p]["step"] == 21 for p in params)
+    assert all(torch.equal(p, p[:1].expand_as(p)) for p in params)
+    assert len({p[0].item() for p in params}) == 1
+
+
+def test_versions_that_cannot_be_raised(monkeypatch):
+    """They say so, and the step that was taken is not taken again."""
+
+    def refuse(_):
+        raise RuntimeError("no versions")
+
+    params, expected = parameters(), parameters()
+    monkeypatch.setattr(torch._C, "_increment_version", refuse)
+    optimizer = fst.AdamW(params)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no versions"):
+            optimizer.step()
+    monkeypatch.undo()
+    reference = fst.AdamW(expected)
+    for _ in range(2):
+        reference.step()
+    assert all(map(torch.equal, params, expected))
 
 
 @pytest.mark.parametrize("odd", [0, 150, 299])

@@ -174,10 +174,12 @@ public:
     // For each of PyTorch's groups: how many of the groups here have its parameters, and pairs of a tensor and the
     // number of its parameter, or -1 where no gradient is expected. `state` is the items of the state as PyTorch has
     // it, `counts` the step count of each parameter in PyTorch's memory, or None; where a group's steps are counted on
-    // the GPU, `group_counts` has a vector there for those of its parameters, or None. `versioned` has a tensor for
-    // each parameter that is to be returned where it was stepped. `as_array` makes an array of a tensor.
+    // the GPU, `group_counts` has a vector there for those of its parameters, or None. `versioned` has for each
+    // parameter a tensor with its version counter, and `raise_versions` raises those of a list of them, or is None.
+    // `as_array` makes an array of a tensor.
     void watch_tensors(const py::list& groups, const py::list& state, const py::list& counts,
-                       const py::list& group_counts, const py::list& versioned, const py::object& as_array) {
+                       const py::list& group_counts, const py::list& versioned, const py::object& raise_versions,
+                       const py::object& as_array) {
         const std::lock_guard<Optimizer> lock(*this);
         for (const py::handle group : groups) {
             WatchedGroup& watched = watched_groups_.emplace_back();
@@ -206,11 +208,13 @@ public:
         }
         group_counts_ = group_counts;
         versioned_ = versioned;
+        raise_versions_ = raise_versions;
         as_array_ = as_array;
     }
 
-    // Returns what `versioned` has for those that were stepped; None, and nothing changed, where tensors or state are
-    // not those that are watched, or some parameters have a gradient and others none whose steps a GPU counts together.
+    // Returns what `versioned` has for those that were stepped and whose versions are still to be raised; None, and
+    // nothing changed, where tensors or state are not those that are watched, or some parameters have a gradient and
+    // others none whose steps a GPU counts together.
     //
     // `loss_scaling` is None, or, for steps that are counted on a GPU, what a loss scaler has left there: the scale of
     // the gradients and whether one of them is not finite, each an array of one float32 or None.
@@ -231,13 +235,15 @@ public:
                 as_watched = (group.hyper.momentum != 0) == has_momentum;
             }
         }
+        bool versions_raised = false;
         if (as_watched) {
             const std::lock_guard<Optimizer> lock(*this);
             as_watched =
                 is_state_as_watched(state) && gather_tensors(param_groups, prepared) && are_stepped_together(prepared);
-            if (as_watched && !run_usual_tensors(prepared)) run(prepared, {}, scaling);
+            if (as_watched && !run_usual_tensors(prepared, versions_raised)) run(prepared, {}, scaling);
         }
-        const py::object stepped = as_watched ? stepped_tensors(prepared) : py::object(py::none());
+        py::object stepped = py::none();
+        if (as_watched) stepped = versions_raised ? py::list() : stepped_tensors(prepared);
         end(prepared);
         return stepped;
     }
@@ -561,7 +567,7 @@ private:
     }
 
     // The same of tensors of PyTorch, whose gradients have been found.
-    bool run_usual_tensors(const Preparation& prepared) {
+    bool run_usual_tensors(const Preparation& prepared, bool& versions_raised) {
         if (!one_job_) return false;
         call_.clear();
         for (size_t g = 0; g < groups_.size(); ++g) {
@@ -573,10 +579,21 @@ private:
                 tensors_[i].scalars = scalars;
             }
         }
-        call_.run(usual_job());
-        count_usual_step();
-        for (size_t i = 0; i < steps_.size(); ++i) write_count(i);
+        call_.run(usual_job(), [&] {
+            count_usual_step();
+            for (size_t i = 0; i < steps_.size(); ++i) write_count(i);
+            versions_raised = raise_versions();
+        });
         return true;
+    }
+
+    // Of all tensors. False where that is left to the caller.
+    bool raise_versions() {
+        if (raise_versions_.is_none()) return false;
+        PyObject* const raised = PyObject_CallOneArg(raise_versions_.ptr(), versioned_.ptr());
+        if (raised == nullptr) PyErr_Clear();  // it will say so again
+        Py_XDECREF(raised);
+        return raised != nullptr;
     }
 
     Job usual_job() const {
@@ -941,6 +958,7 @@ private:
     std::vector<WatchedEntry> watched_state_;
     uint64_t state_version_ = 0;  // when it was compared
     py::list versioned_;          // of each parameter, what has the version counter of its tensor
+    py::object raise_versions_;
     std::vector<Count> counts_;
     py::list group_counts_;  // which keeps them
     py::object as_array_;

@@ -81,6 +81,8 @@ class _Optimizer:
         state: list[tuple[Any, dict[str, Any]]],
         counts: list[NDArray[np.float32] | None],
         group_counts: list[Any | None],
+        versioned: list[Any],
+        raise_versions: Callable[[list[Any]], object] | None,
         as_array: Callable[[Any], Any],
         /,
     ) -> None: ...

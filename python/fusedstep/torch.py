@@ -212,7 +212,7 @@ class _Optimizer(torch.optim.Optimizer):
         return torch.as_tensor(number, dtype=torch.float32).to(device, non_blocking=True)
 
     def _step_native(self, scale: float, scaling: Any) -> list[torch.Tensor]:
-        """Return tensors that have the version counters of those that were stepped."""
+        """Return tensors whose version counters are to be raised, of those that were stepped."""
         for param, suffix in self._distributed:
             _place_gradient(param, suffix)
         if self._native is not None and not (
@@ -310,6 +310,7 @@ class _Optimizer(torch.optim.Optimizer):
             ],
             group_counts,
             [tensor for tensor, _ in versioned],
+            None if any(_is_distributed(m.param) for m in bound) else torch._C._increment_version,
             _array,
         )
         self._native = native
