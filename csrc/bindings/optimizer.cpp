@@ -472,9 +472,7 @@ private:
         if (watched.parameter >= 0) __builtin_prefetch(counts_[watched.parameter].memory);
         for (const int64_t* const shape : {watched.shape, watched.gradient_shape}) {
             if (shape == nullptr) continue;
-            __builtin_prefetch(shape - 8);
-            __builtin_prefetch(shape);
-            __builtin_prefetch(shape + 8);
+            for (int line = -1; line <= 2; ++line) __builtin_prefetch(shape + 8 * line);
         }
     }
 
