@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import types
 import weakref
 
 import numpy as np
 import pytest
+
+import fusedstep as fs
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 fst = pytest.importorskip("fusedstep.torch")
@@ -166,8 +169,15 @@ CHANGES = (
 )  # fmt: skip
 
 
+@pytest.fixture(params=[True, False], ids=["known", "unknown"])
+def pytorch(request, monkeypatch):
+    """PyTorch with tensors as they are known to be, and with others, of which arrays are made."""
+    if not request.param:
+        monkeypatch.setattr(torch, "empty", lambda *_, **__: types.SimpleNamespace(_cdata=1))
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_changes_are_seen(change):
+def test_changes_are_seen(change, pytorch):
     ours, theirs = parameters(), parameters()
     optimizer = fst.AdamW(ours, lr=0.1)
     reference = torch.optim.AdamW(theirs, lr=0.1, foreach=False)
@@ -219,16 +229,66 @@ def test_a_refused_step_leaves_no_trace(gradient, message):
             assert torch.equal(after["state"][index][key], value)
 
 
-def test_a_usual_step_makes_nothing_anew():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.filterwarnings("ignore:.*step smaller than the spacing:UserWarning")
+def test_a_usual_step_makes_nothing_anew(dtype, monkeypatch):
     params = parameters()
+    for p in params:
+        p.data, p.grad = p.data.to(dtype), None
+        p.grad = torch.ones_like(p)
+    arrays = []
+    make_array = fst._array
+    monkeypatch.setattr(fst, "_array", lambda tensor: arrays.append(tensor) or make_array(tensor))
     optimizer = fst.AdamW(params)
     optimizer.step()
+    assert arrays
+    arrays.clear()
     native = optimizer._native
     for _ in range(3):
         optimizer.step()
         for p in params:
             p.grad = p.grad.clone()
     assert optimizer._native is native
+    assert not arrays
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize(
+    "sizes", [[5], [64] * 2000, [2**20 + 1]], ids=["one thread", "shared", "without the GIL"]
+)
+def test_a_step_is_counted_once_and_raises_each_version_once(sizes, threads):
+    fs.set_num_threads(threads)
+    params = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
+    optimizer = fst.AdamW(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = [p._version for p in params]
+    for _ in range(20):
+        optimizer.step()
+    assert {p._version - version for p, version in zip(params, before, strict=True)} == {20}
+    assert all(optimizer.state[p]["step"] == 21 for p in params)
+    assert all(torch.equal(p, p[:1].expand_as(p)) for p in params)
+    assert len({p[0].item() for p in params}) == 1
+
+
+def test_versions_that_cannot_be_raised(monkeypatch):
+    """They say so, and the step that was taken is not taken again."""
+
+    def refuse(_):
+        raise RuntimeError("no versions")
+
+    params, expected = parameters(), parameters()
+    monkeypatch.setattr(torch._C, "_increment_version", refuse)
+    optimizer = fst.AdamW(params)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no versions"):
+            optimizer.step()
+    monkeypatch.undo()
+    reference = fst.AdamW(expected)
+    for _ in range(2):
+        reference.step()
+    assert all(map(torch.equal, params, expected))
 
 
 @pytest.mark.parametrize("odd", [0, 150, 299])

@@ -45,16 +45,4 @@ struct ManagedTensorVersioned {
     Tensor tensor;
 };
 
-// What a type's `__dlpack_c_exchange_api__` holds: functions that describe its arrays without a capsule for each.
-struct ExchangeApi {
-    uint32_t major, minor;
-    const ExchangeApi* previous;
-    void* allocate;
-    void* managed_tensor_from_object;
-    void* managed_tensor_to_object;
-    // 0, or -1 with a Python exception set. What the description points to is the array's own.
-    int (*tensor_from_object)(void* object, Tensor* out);
-    void* current_work_stream;
-};
-
 }  // namespace fusedstep::dlpack

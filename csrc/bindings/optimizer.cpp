@@ -166,15 +166,20 @@ public:
         return outcome;
     }
 
+    // Whether a step looks at a tensor itself, and not at an array of it: then it would see another one in its place.
+    bool reads_tensor(py::handle tensor) { return tensor_reader_.shape(tensor) != nullptr; }
+
     // Steps that find their gradients themselves, of tensors of PyTorch whose memory the parameters share.
     //
     // For each of PyTorch's groups: how many of the groups here have its parameters, and pairs of a tensor and the
     // number of its parameter, or -1 where no gradient is expected. `state` is the items of the state as PyTorch has
     // it, `counts` the step count of each parameter in PyTorch's memory, or None; where a group's steps are counted on
-    // the GPU, `group_counts` has a vector there for those of its parameters, or None. `versioned` has a tensor for
-    // each parameter that is to be returned where it was stepped. `as_array` makes an array of a tensor.
+    // the GPU, `group_counts` has a vector there for those of its parameters, or None. `versioned` has for each
+    // parameter a tensor with its version counter, and `raise_versions` raises those of a list of them, or is None.
+    // `as_array` makes an array of a tensor.
     void watch_tensors(const py::list& groups, const py::list& state, const py::list& counts,
-                       const py::list& group_counts, const py::list& versioned, const py::object& as_array) {
+                       const py::list& group_counts, const py::list& versioned, const py::object& raise_versions,
+                       const py::object& as_array) {
         const std::lock_guard<Optimizer> lock(*this);
         for (const py::handle group : groups) {
             WatchedGroup& watched = watched_groups_.emplace_back();
@@ -185,8 +190,7 @@ public:
                 const auto number = tensor[1].cast<int64_t>();
                 const DType dtype = number < 0 ? DType::float32 : parameters_[number].view.dtype;
                 watched.tensors.push_back({tensor[0], number, dtype});
-                dlpack::Tensor description;
-                if (tensor_reader_.read(tensor[0], description)) watched.tensors.back().shape = description.shape;
+                watched.tensors.back().shape = tensor_reader_.shape(tensor[0]);
             }
         }
         for (const py::handle item : state) watched_state_.emplace_back(py::reinterpret_borrow<py::tuple>(item));
@@ -204,11 +208,13 @@ public:
         }
         group_counts_ = group_counts;
         versioned_ = versioned;
+        raise_versions_ = raise_versions;
         as_array_ = as_array;
     }
 
-    // Returns what `versioned` has for those that were stepped; None, and nothing changed, where tensors or state are
-    // not those that are watched, or some parameters have a gradient and others none whose steps a GPU counts together.
+    // Returns what `versioned` has for those that were stepped and whose versions are still to be raised; None, and
+    // nothing changed, where tensors or state are not those that are watched, or some parameters have a gradient and
+    // others none whose steps a GPU counts together.
     //
     // `loss_scaling` is None, or, for steps that are counted on a GPU, what a loss scaler has left there: the scale of
     // the gradients and whether one of them is not finite, each an array of one float32 or None.
@@ -229,13 +235,15 @@ public:
                 as_watched = (group.hyper.momentum != 0) == has_momentum;
             }
         }
+        bool versions_raised = false;
         if (as_watched) {
             const std::lock_guard<Optimizer> lock(*this);
             as_watched =
                 is_state_as_watched(state) && gather_tensors(param_groups, prepared) && are_stepped_together(prepared);
-            if (as_watched && !run_usual_tensors(prepared)) run(prepared, {}, scaling);
+            if (as_watched && !run_usual_tensors(prepared, versions_raised)) run(prepared, {}, scaling);
         }
-        const py::object stepped = as_watched ? stepped_tensors(prepared) : py::object(py::none());
+        py::object stepped = py::none();
+        if (as_watched) stepped = versions_raised ? py::list() : stepped_tensors(prepared);
         end(prepared);
         return stepped;
     }
@@ -342,7 +350,7 @@ private:
         py::object tensor;
         int64_t parameter;
         DType dtype;
-        // Where a description has the shape, which is a part of the tensor; and of the last gradient, to be fetched.
+        // Where the shape is, which is a part of the tensor; and of the last gradient, to be fetched.
         const int64_t* shape = nullptr;
         const int64_t* gradient_shape = nullptr;
         const PyObject* gradient = nullptr;
@@ -464,9 +472,7 @@ private:
         if (watched.parameter >= 0) __builtin_prefetch(counts_[watched.parameter].memory);
         for (const int64_t* const shape : {watched.shape, watched.gradient_shape}) {
             if (shape == nullptr) continue;
-            __builtin_prefetch(shape - 8);
-            __builtin_prefetch(shape);
-            __builtin_prefetch(shape + 8);
+            for (int line = -1; line <= 2; ++line) __builtin_prefetch(shape + 8 * line);
         }
     }
 
@@ -487,12 +493,11 @@ private:
         const int64_t i = watched.parameter;
         Watch& watch = watches_[i];
         const py::ssize_t* const shape = shapes_.data() + watch.shape;
-        const auto is_usual = [&](py::handle tensor, dlpack::Tensor& description) {
-            return watch.usual && tensor_reader_.read(tensor, description) &&
-                   is_contiguous(description, watched.dtype, shape, watch.dimensions);
+        const auto is_usual = [&](py::handle tensor, TorchReader::Place& place) {
+            return watch.usual && tensor_reader_.read(tensor, watched.dtype, shape, watch.dimensions, place);
         };
         read_count(i);
-        dlpack::Tensor p, g;
+        TorchReader::Place p, g;
         if (is_usual(watched.tensor, p)) {
             // Another tensor may have been put in its place, even one of the same memory.
             if (p.shape != watched.shape) return false;
@@ -500,18 +505,17 @@ private:
                 prepared.memory[i] = parameters_[i].view.data;  // an empty tensor has none of its own
                 return true;
             }
-            if (dlpack::memory(p) != watch.data) return false;
+            if (p.data != watch.data) return false;
             if (is_usual(gradient, g)) {
                 watched.gradient_shape = g.shape;
                 watched.gradient = gradient.ptr();
-                char* const data = dlpack::memory(g);
-                if (data < watch.gap_begin || data + watch.bytes > watch.gap_end) {
+                if (g.data < watch.gap_begin || g.data + watch.bytes > watch.gap_end) {
                     ArrayView view = parameters_[i].view;
-                    view.data = data;
+                    view.data = g.data;
                     view.object = gradient;
                     check_gradient_memory(watch, view, {"grads", -1, &parameters_[i].suffix});
                 }
-                prepared.memory[i] = data;
+                prepared.memory[i] = g.data;
                 return true;
             }
         } else {
@@ -561,7 +565,7 @@ private:
     }
 
     // The same of tensors of PyTorch, whose gradients have been found.
-    bool run_usual_tensors(const Preparation& prepared) {
+    bool run_usual_tensors(const Preparation& prepared, bool& versions_raised) {
         if (!one_job_) return false;
         call_.clear();
         for (size_t g = 0; g < groups_.size(); ++g) {
@@ -573,10 +577,21 @@ private:
                 tensors_[i].scalars = scalars;
             }
         }
-        call_.run(usual_job());
-        count_usual_step();
-        for (size_t i = 0; i < steps_.size(); ++i) write_count(i);
+        call_.run(usual_job(), [&] {
+            count_usual_step();
+            for (size_t i = 0; i < steps_.size(); ++i) write_count(i);
+            versions_raised = raise_versions();
+        });
         return true;
+    }
+
+    // Of all tensors. False where that is left to the caller.
+    bool raise_versions() {
+        if (raise_versions_.is_none()) return false;
+        PyObject* const raised = PyObject_CallOneArg(raise_versions_.ptr(), versioned_.ptr());
+        if (raised == nullptr) PyErr_Clear();  // it will say so again
+        Py_XDECREF(raised);
+        return raised != nullptr;
     }
 
     Job usual_job() const {
@@ -941,6 +956,7 @@ private:
     std::vector<WatchedEntry> watched_state_;
     uint64_t state_version_ = 0;  // when it was compared
     py::list versioned_;          // of each parameter, what has the version counter of its tensor
+    py::object raise_versions_;
     std::vector<Count> counts_;
     py::list group_counts_;  // which keeps them
     py::object as_array_;
@@ -995,6 +1011,7 @@ void bind_family(py::module_& module, const char* name) {
     native.def(py::init<bool, uint64_t>(), py::arg("decoupled") = false, py::arg("seed") = 0)
         .def("add_group", &Native::add_group)
         .def("check_group", &Native::check_group)
+        .def("reads_tensor", &Native::reads_tensor)
         .def("watch_tensors", &Native::watch_tensors)
         .def("step_tensors", &Native::step_tensors)
         .def_readonly_static("group_state_bytes", &Native::group_state_bytes)

@@ -115,9 +115,11 @@ public:
         return on_cpu(bytes(), [&] { return run_jobs(options); });
     }
 
-    // Of a job whose tensors the caller keeps, in host memory.
-    void run(const Job& job) {
-        on_cpu(job.bytes(), [&] { cpu::run(job); });
+    // Of a job whose tensors the caller keeps, in host memory. `meanwhile` has the GIL.
+    void run(const Job& job, const cpu::Meanwhile& meanwhile = nullptr) {
+        const bool has_gil = !cpu::is_long(job.bytes());
+        on_cpu(job.bytes(), [&] { cpu::run(job, has_gil ? meanwhile : nullptr); });
+        if (meanwhile && !has_gil) meanwhile();
     }
 
 private:

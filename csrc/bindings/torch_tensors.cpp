@@ -1,30 +1,11 @@
 #include "torch_tensors.hpp"
 
+#include <dlfcn.h>
+
+#include <cstring>
+#include <type_traits>
+
 namespace fusedstep {
-namespace {
-
-dlpack::DataType dlpack_type(DType dtype) {
-    const auto bits = static_cast<uint8_t>(8 * item_size(dtype));
-    return {dtype == DType::bfloat16 ? dlpack::bfloat : dlpack::floating, bits, 1};
-}
-
-}  // namespace
-
-bool is_contiguous(const dlpack::Tensor& tensor, DType dtype, const py::ssize_t* shape, int dimensions) {
-    const dlpack::DataType type = dlpack_type(dtype);
-    if (tensor.device.type != dlpack::cpu || tensor.dtype.code != type.code || tensor.dtype.bits != type.bits ||
-        tensor.dtype.lanes != 1 || tensor.ndim != dimensions ||
-        (reinterpret_cast<uintptr_t>(dlpack::memory(tensor)) & (item_size(dtype) - 1)) != 0) {
-        return false;
-    }
-    int64_t stride = 1;
-    for (int d = dimensions - 1; d >= 0; --d) {
-        if (tensor.shape[d] != shape[d]) return false;
-        if (tensor.strides != nullptr && shape[d] != 1 && tensor.strides[d] != stride) return false;
-        stride *= shape[d];
-    }
-    return true;
-}
 
 py::object TorchReader::gradient(py::handle tensor) {
     if (!looked_up_) look_up();
@@ -35,21 +16,49 @@ py::object TorchReader::gradient(py::handle tensor) {
     return gradient;
 }
 
-bool TorchReader::read(py::handle tensor, dlpack::Tensor& description) {
-    if (!looked_up_) look_up();
-    const py::handle type = py::type::handle_of(tensor);
-    if (describe_ == nullptr || !(type.is(tensor_type_) || type.is(parameter_type_))) return false;
-    if (describe_(tensor.ptr(), &description) == 0 && !is_negative(tensor, description)) return true;
-    PyErr_Clear();  // the general way says what is wrong
-    return false;
+const int64_t* TorchReader::shape(py::handle tensor) {
+    const Handle handle = handle_of(tensor);
+    int64_t* shape = nullptr;
+    if (handle == nullptr || functions_.sizes(handle, &shape) != 0) return nullptr;
+    return shape;
 }
 
-bool TorchReader::is_negative(py::handle tensor, const dlpack::Tensor& description) const {
-    // It is every other number of complex memory, so that two in a row are not contiguous.
-    for (int d = 0; d < description.ndim; ++d) {
-        if (description.shape[d] != 1) return false;
+bool TorchReader::read(py::handle tensor, DType dtype, const py::ssize_t* shape, int dimensions, Place& place) {
+    const Handle handle = handle_of(tensor);
+    if (handle == nullptr) return false;
+    int32_t device, type;
+    bool contiguous;
+    int64_t count, *sizes;
+    void* data;
+    if (functions_.device_type(handle, &device) != 0 || device != host_ || functions_.dtype(handle, &type) != 0 ||
+        type != dtypes_[static_cast<int>(dtype)] || functions_.is_contiguous(handle, &contiguous) != 0 || !contiguous ||
+        functions_.dim(handle, &count) != 0 || count != dimensions || functions_.sizes(handle, &sizes) != 0 ||
+        functions_.data_ptr(handle, &data) != 0 || (reinterpret_cast<uintptr_t>(data) & (item_size(dtype) - 1)) != 0) {
+        return false;
     }
-    return !py::reinterpret_steal<py::object>(is_negative_(tensor.ptr(), nullptr)).is(py::handle(Py_False));
+    // A view that is negative is every other number of complex memory, so that two in a row are not contiguous.
+    bool may_be_negative = true;
+    for (int d = 0; d < dimensions; ++d) {
+        if (sizes[d] != shape[d]) return false;
+        may_be_negative = may_be_negative && shape[d] == 1;
+    }
+    if (may_be_negative && is_negative(tensor)) return false;
+    place = {static_cast<char*>(data), sizes};
+    return true;
+}
+
+TorchReader::Handle TorchReader::handle_of(py::handle tensor) {
+    if (!looked_up_) look_up();
+    const py::handle type = py::type::handle_of(tensor);
+    if (!readable_ || !(type.is(tensor_type_) || type.is(parameter_type_))) return nullptr;
+    // A handle is the address of an at::Tensor, which is what the Python object begins with.
+    return tensor.ptr() + 1;
+}
+
+bool TorchReader::is_negative(py::handle tensor) const {
+    const auto negative = py::reinterpret_steal<py::object>(is_negative_(tensor.ptr(), nullptr));
+    if (!negative) PyErr_Clear();  // the general way says what is wrong
+    return !negative.is(py::handle(Py_False));
 }
 
 void TorchReader::look_up() {
@@ -63,13 +72,39 @@ void TorchReader::look_up() {
     const PyMethodDef& method = *reinterpret_cast<PyMethodDescrObject*>(is_negative.ptr())->d_method;
     if (method.ml_flags != METH_NOARGS) return;
     is_negative_ = method.ml_meth;
-    const py::object capsule = py::getattr(tensor_type_, "__dlpack_c_exchange_api__", py::none());
-    if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
-        const auto* api =
-            static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-        while (api != nullptr && api->major != 1) api = api->previous;
-        if (api != nullptr) describe_ = api->tensor_from_object;
-    }
+    if (!find_functions()) return;
+    // An at::Tensor is a pointer to what `_cdata` names.
+    const py::object tensor = torch.attr("empty")(0, py::arg("device") = "cpu");
+    uintptr_t pointer;
+    std::memcpy(&pointer, tensor.ptr() + 1, sizeof(pointer));
+    readable_ = pointer == tensor.attr("_cdata").cast<uintptr_t>();
+}
+
+bool TorchReader::find_functions() {
+    void* const library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return false;
+    bool all_found = true;
+    const auto find = [&](const char* name, auto& function) {
+        function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
+        all_found = all_found && function != nullptr;
+    };
+    find("aoti_torch_get_device_type", functions_.device_type);
+    find("aoti_torch_get_dtype", functions_.dtype);
+    find("aoti_torch_is_contiguous", functions_.is_contiguous);
+    find("aoti_torch_get_dim", functions_.dim);
+    find("aoti_torch_get_sizes", functions_.sizes);
+    find("aoti_torch_get_data_ptr", functions_.data_ptr);
+    const auto find_number = [&](const char* name, int32_t& number) {
+        int32_t (*function)();
+        find(name, function);
+        if (function != nullptr) number = function();
+    };
+    find_number("aoti_torch_device_type_cpu", host_);
+    find_number("aoti_torch_dtype_float32", dtypes_[static_cast<int>(DType::float32)]);
+    find_number("aoti_torch_dtype_float64", dtypes_[static_cast<int>(DType::float64)]);
+    find_number("aoti_torch_dtype_bfloat16", dtypes_[static_cast<int>(DType::bfloat16)]);
+    find_number("aoti_torch_dtype_float16", dtypes_[static_cast<int>(DType::float16)]);
+    return all_found;
 }
 
 }  // namespace fusedstep

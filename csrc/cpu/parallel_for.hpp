@@ -21,11 +21,12 @@ constexpr int64_t most_chunk = 32 * 1024;
 
 // Calls body(from, to) for pieces of [0, elements).
 template <class Body>
-void parallel_for(int64_t elements, int64_t bytes, const Body& body) {
+void parallel_for(int64_t elements, int64_t bytes, const Body& body, const Meanwhile& meanwhile = nullptr) {
     const int64_t most_threads = std::max<int64_t>(1, (elements + least_chunk - 1) / least_chunk);
     const int threads =
         bytes < least_shared_bytes ? 1 : static_cast<int>(std::min<int64_t>(num_threads(), most_threads));
     if (threads == 1) {
+        if (meanwhile) meanwhile();
         body(0, elements);
         return;
     }
@@ -33,8 +34,9 @@ void parallel_for(int64_t elements, int64_t bytes, const Body& body) {
     // As many for each thread, or one would wait for another's last.
     const int64_t chunks = (elements + chunk * threads - 1) / (chunk * threads) * threads;
     const bool worth_waking = bytes >= least_waking_bytes;
-    ThreadPool::instance().run(threads, chunks, worth_waking,
-                               [&](int64_t i) { body(elements * i / chunks, elements * (i + 1) / chunks); });
+    ThreadPool::instance().run(
+        threads, chunks, worth_waking, [&](int64_t i) { body(elements * i / chunks, elements * (i + 1) / chunks); },
+        meanwhile);
 }
 
 }  // namespace fusedstep::cpu

@@ -17,18 +17,19 @@ constexpr int64_t zeroed_at_once = 2048;
 
 // Calls visit(tensor, begin, count) for the whole job, in the threads of the pool.
 template <class Visit>
-void for_each_part(const Job& job, const Visit& visit) {
-    parallel_for(job.elements(), job.bytes(), [&](int64_t from, int64_t to) {
+void for_each_part(const Job& job, const Visit& visit, const Meanwhile& meanwhile = nullptr) {
+    const auto part = [&](int64_t from, int64_t to) {
         const FloatEnvironment ieee;
         for_each_run(job, cut_at(job, from), cut_at(job, to), visit);
-    });
+    };
+    parallel_for(job.elements(), job.bytes(), part, meanwhile);
 }
 
 }  // namespace
 
 bool is_long(int64_t bytes) { return bytes >= least_waking_bytes; }
 
-void run(const Job& job) {
+void run(const Job& job, const Meanwhile& meanwhile) {
     const KernelTable& kernels = *chosen_isa().kernels;
     const StepKernel kernel = job.dtype == DType::float32 && denormals_are_slow()
                                   ? kernels.step_around_denormals[job.rule]
@@ -41,16 +42,17 @@ void run(const Job& job) {
         }
     };
     if (!job.zero_grad) {
-        for_each_part(job, step);
+        for_each_part(job, step, meanwhile);
         return;
     }
-    for_each_part(job, [&](const Tensor& tensor, int64_t begin, int64_t count) {
+    const auto step_and_zero = [&](const Tensor& tensor, int64_t begin, int64_t count) {
         for (const int64_t end = begin + count; begin < end; begin += zeroed_at_once) {
             const int64_t n = std::min(zeroed_at_once, end - begin);
             step(tensor, begin, n);
             zero_gradient(job.dtype, tensor, begin, n);
         }
-    });
+    };
+    for_each_part(job, step_and_zero, meanwhile);
 }
 
 void zero_gradients(const Job& job) {

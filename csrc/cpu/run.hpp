@@ -4,10 +4,11 @@
 #include <cstddef>
 
 #include "../core/job.hpp"
+#include "thread_pool.hpp"
 
 namespace fusedstep::cpu {
 
-void run(const Job& job);
+void run(const Job& job, const Meanwhile& meanwhile = nullptr);
 
 // Sets a job's gradients to zero, without a step.
 void zero_gradients(const Job& job);

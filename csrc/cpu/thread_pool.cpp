@@ -74,12 +74,14 @@ void ThreadPool::start_workers(int wanted) {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-void ThreadPool::run_chunks(int threads, int64_t chunks, bool worth_waking, const void* body, ChunkFunction function) {
+void ThreadPool::run_chunks(int threads, int64_t chunks, bool worth_waking, const void* body, ChunkFunction function,
+                            const Meanwhile& meanwhile) {
     threads = static_cast<int>(std::min<int64_t>(threads, chunks));
     std::unique_lock<std::mutex> lock(busy_, std::defer_lock);
     if (threads > 1 && (worth_waking || in_tight_loop(threads)) && lock.try_lock()) {
-        share(threads, chunks, body, function);
+        share(threads, chunks, body, function, meanwhile);
     } else {
+        if (meanwhile) meanwhile();
         for (int64_t chunk = 0; chunk < chunks; ++chunk) function(body, chunk);
     }
     last_end_.store(now(), std::memory_order_relaxed);
@@ -91,7 +93,8 @@ bool ThreadPool::in_tight_loop(int threads) const {
     return now() - last_end_.load(std::memory_order_relaxed) < spin_nanoseconds;
 }
 
-void ThreadPool::share(int threads, int64_t chunks, const void* body, ChunkFunction function) {
+void ThreadPool::share(int threads, int64_t chunks, const void* body, ChunkFunction function,
+                       const Meanwhile& meanwhile) {
     if (workers_ < threads - 1) start_workers(threads - 1);
     if (share_capacity_ < threads) {
         shares_ = std::make_unique<Share[]>(threads);
@@ -113,6 +116,7 @@ void ThreadPool::share(int threads, int64_t chunks, const void* body, ChunkFunct
         const std::lock_guard<std::mutex> parking(parking_);
         unpark_.notify_all();
     }
+    if (meanwhile) meanwhile();
     work(0);
     state_.fetch_and(~open_bit);
     for (int spins = 0; (state_.load(std::memory_order_acquire) & inside_mask) != 0; ++spins) {

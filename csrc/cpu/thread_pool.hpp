@@ -9,10 +9,15 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 
 namespace fusedstep::cpu {
+
+// Work for the calling thread alone, done before its first chunk: other threads may begin with theirs meanwhile.
+// It must not throw.
+using Meanwhile = std::function<void()>;
 
 class ThreadPool {
 public:
@@ -21,9 +26,10 @@ public:
     // Calls body(chunk) once for each chunk in [0, chunks), on at most `threads` threads. A job that is not
     // worth waking a sleeping thread for is shared only in a tight loop, where they are awake.
     template <class Body>
-    void run(int threads, int64_t chunks, bool worth_waking, const Body& body) {
-        run_chunks(threads, chunks, worth_waking, &body,
-                   [](const void* body, int64_t chunk) { (*static_cast<const Body*>(body))(chunk); });
+    void run(int threads, int64_t chunks, bool worth_waking, const Body& body, const Meanwhile& meanwhile) {
+        run_chunks(
+            threads, chunks, worth_waking, &body,
+            [](const void* body, int64_t chunk) { (*static_cast<const Body*>(body))(chunk); }, meanwhile);
     }
 
 private:
@@ -36,9 +42,10 @@ private:
 
     using ChunkFunction = void (*)(const void* body, int64_t chunk);
 
-    void run_chunks(int threads, int64_t chunks, bool worth_waking, const void* body, ChunkFunction function);
+    void run_chunks(int threads, int64_t chunks, bool worth_waking, const void* body, ChunkFunction function,
+                    const Meanwhile& meanwhile);
     bool in_tight_loop(int threads) const;
-    void share(int threads, int64_t chunks, const void* body, ChunkFunction function);
+    void share(int threads, int64_t chunks, const void* body, ChunkFunction function, const Meanwhile& meanwhile);
     void start_workers(int wanted);
     void work(int participant);
     void worker_main(int participant);

@@ -74,12 +74,15 @@ class _Optimizer:
         gpu_norm: tuple[Any, Any] | None,
         /,
     ) -> tuple[float | None, bool] | None: ...
+    def reads_tensor(self, tensor: object, /) -> bool: ...
     def watch_tensors(
         self,
         groups: list[tuple[int, list[tuple[Any, int]]]],
         state: list[tuple[Any, dict[str, Any]]],
         counts: list[NDArray[np.float32] | None],
         group_counts: list[Any | None],
+        versioned: list[Any],
+        raise_versions: Callable[[list[Any]], object] | None,
         as_array: Callable[[Any], Any],
         /,
     ) -> None: ...

@@ -212,7 +212,7 @@ class _Optimizer(torch.optim.Optimizer):
         return torch.as_tensor(number, dtype=torch.float32).to(device, non_blocking=True)
 
     def _step_native(self, scale: float, scaling: Any) -> list[torch.Tensor]:
-        """Return tensors that have the version counters of those that were stepped."""
+        """Return tensors whose version counters are to be raised, of those that were stepped."""
         for param, suffix in self._distributed:
             _place_gradient(param, suffix)
         if self._native is not None and not (
@@ -288,7 +288,7 @@ class _Optimizer(torch.optim.Optimizer):
                 bound += part
             groups.append(len(parts))
         native.steps = [member.step for member in bound]
-        versioned = [_versioned(member) for member in bound]
+        versioned = [_versioned(member, native) for member in bound]
         made = []
         for member in bound:
             if member.entry:
@@ -310,6 +310,7 @@ class _Optimizer(torch.optim.Optimizer):
             ],
             group_counts,
             [tensor for tensor, _ in versioned],
+            None if any(_is_distributed(m.param) for m in bound) else torch._C._increment_version,
             _array,
         )
         self._native = native
@@ -691,7 +692,7 @@ def _stepped_together(members: Iterable[_Bound]) -> list[list[_Bound]]:
     return list(parts.values())
 
 
-def _versioned(member: _Bound) -> tuple[torch.Tensor, Any]:
+def _versioned(member: _Bound, native: Any) -> tuple[torch.Tensor, Any]:
     """Return a tensor that has a parameter's version counter, and a capsule that holds it.
 
     Raising the version of a tensor that C++ refers to as well takes half the time, since PyTorch
@@ -700,12 +701,11 @@ def _versioned(member: _Bound) -> tuple[torch.Tensor, Any]:
     """
     param, array = member.param, member.array
     if (
-        type(param) not in (torch.Tensor, torch.nn.Parameter)
-        or param.is_inference()
+        param.is_inference()
         # A step would not notice that these were swapped for an alias with a counter of its own.
+        or not native.reads_tensor(param)
         or isinstance(array, torch.Tensor)
         or not array.flags.c_contiguous
-        or not hasattr(param, "__dlpack_c_exchange_api__")
     ):
         return param, None
     with torch.inference_mode(False):
