@@ -588,7 +588,10 @@ private:
     // Of all tensors. False where that is left to the caller.
     bool raise_versions() {
         if (raise_versions_.is_none()) return false;
+        // No finalizer may touch what other threads are stepping.
+        const bool collects = PyGC_Disable() != 0;
         PyObject* const raised = PyObject_CallOneArg(raise_versions_.ptr(), versioned_.ptr());
+        if (collects) PyGC_Enable();
         if (raised == nullptr) PyErr_Clear();  // it will say so again
         Py_XDECREF(raised);
         return raised != nullptr;
