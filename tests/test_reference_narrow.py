@@ -39,7 +39,7 @@ def size_and_sign(code: int, fmt: Format) -> tuple[int, int]:
 
 
 def exact_y(size: int) -> Fraction:
-    """origin + |x| / unit of a code, from the definition: 16 steps to each doubling, from 2."""
+    """Return origin + |x| / unit of a code by definition: 16 steps to each doubling, from 2."""
     return Fraction(2) ** (1 + size // 16) * (1 + Fraction(size % 16, 16))
 
 
