@@ -81,7 +81,7 @@ def plain_float(exponent_bits: int, mantissa_bits: int) -> Array:
 
 
 def from_one(exponent_bits: int, mantissa_bits: int) -> Array:
-    """Return a float that counts from one, relative to its largest: fusedstep's kind, but for zero."""
+    """Return a float that counts from one, relative to its largest: nearly fusedstep's."""
     steps = 2**mantissa_bits
     codes = np.arange(2**exponent_bits * steps)
     values = np.exp2(codes // steps) * (1 + codes % steps / steps) - 1
