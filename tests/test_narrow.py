@@ -445,6 +445,75 @@ def test_state_is_converted_when_it_is_loaded(saved, own):
         assert np.array_equal(np.sign(after)[after != 0], np.sign(before)[after != 0])
 
 
+def of_bits(*values):
+    return np.array(values, np.uint32).view(float32)
+
+
+# A block each: zeros and denormals, both ends of the scales, what has no codes, and what is at the
+# boundary of codes of a unit near 1.
+UNUSUAL = [
+    of_bits(0x00000000, 0x80000000),
+    of_bits(0x80000000, 0x3F800000, 0x00000001),
+    of_bits(0x80000001, 0x00000001),
+    of_bits(0x007FFFFF, 0x00800000, 0x80000003),
+    np.array([2.0**-104, 2.0**-112, -(2.0**-113), 2.0**-116, 2.0**-118], float32),
+    *(of_bits(top, 0x3F800000, 0xFE000000) for top in (0x7F7FFFEE, 0x7F7FFFEF, 0xFF7FFFEF)),
+    *(of_bits(top, 0xBF800000) for top in (0x7F7FFFF0, 0xFF7FFFF0, 0x7F7FFFFF)),
+    *(of_bits(top, 0x80000000) for top in (0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000)),
+    *(of_bits(top, 0xBF800000) for top in (0x7F800001, 0xFFFFFFFF, 0x7FFFFFFF)),
+    *(
+        np.nextafter(np.array([largest, 1 / 16, 1 / 8, 3 / 16, 2, -2, -4], float32), to)
+        for largest in (494, 126974.0625)
+        for to in np.array([-np.inf, 0, np.inf], float32)
+    ),
+]
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_unusual_state_is_rounded_as_in_the_reference(isa, key):
+    values = np.concatenate([np.resize(block, 64) for block in UNUSUAL])[:-3]
+    if key == "exp_avg_sq":
+        values = abs(values)
+    optimizer = fs.Adam(np.zeros_like(values), state_dtype="8bit")
+    saved = fs.Adam(np.zeros_like(values)).state_dict()
+    saved["state"][0][key][...] = values
+    optimizer.load_state_dict(saved)
+    fmt = reference_narrow.EXP_AVG_SQ if key == "exp_avg_sq" else reference_narrow.EXP_AVG
+    codes, units = reference_narrow.encode(values, fmt, step=0)
+    state = optimizer.state[0]
+    assert state[key].tobytes() == codes.tobytes()
+    assert state[key + "_units"].tobytes() == units.tobytes()
+
+
+UNITS = [
+    *of_bits(0, 0x07800000, 0x3F800000, 0x7F800000, 0x7FC00000, 0x7F800001, 0xFFFFFFFF),
+    *np.array([0.7e-9, 6.9e35, 1e38, 2e38, -1.0], float32),  # the last gives second moments a sign
+]
+
+
+@pytest.mark.parametrize("layout", ["dense", "strided"])
+@pytest.mark.parametrize(("dtype", "master_weights"), [(float32, None), (bfloat16, "correction8")])
+def test_every_code_is_read_as_in_the_reference(isa, dtype, master_weights, layout):
+    size = 256 * len(UNITS)
+    param = np.zeros((size, 2), dtype)[:, 0] if layout == "strided" else np.zeros(size, dtype)
+    options = {"state_dtype": "8bit", "master_weights": master_weights, "seed": SEED}
+    optimizer = fs.Adam(param, lr=0.01, **options)
+    state = optimizer.state[0]
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[key].view(np.uint8)[:] = np.tile(np.arange(256), len(UNITS))
+        state[key + "_units"][:] = np.repeat(UNITS, 4)
+    state["exp_avg_units"][-4:] = 1
+    grad = np.zeros(size, dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        _, expected = expected_step(
+            optimizer, param, grad, master_weights, 1, ("exp_avg", "exp_avg_sq"), adam
+        )
+    optimizer.step(grad)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert state[key].tobytes() == expected[key].tobytes()
+        assert state[key + "_units"].tobytes() == expected[key + "_units"].tobytes()
+
+
 def test_a_second_moment_of_negative_zero_is_one_of_zero():
     param = np.ones(70, np.float32)
     saved = copy.deepcopy(fs.Adam(param).state_dict())
