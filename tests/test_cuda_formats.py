@@ -143,6 +143,29 @@ def test_a_step_that_the_gpu_counts_draws_the_same_random_bits(
         pair.step(grad)
 
 
+@pytest.mark.parametrize("rule", ["nesterov", "adam", "amsgrad"])
+@pytest.mark.parametrize(
+    ("dtype", "master_weights"), [("float32", None), ("bfloat16", "correction8")]
+)
+def test_blocks_that_have_no_codes_have_the_bits_of_the_cpu(dtype, master_weights, rule, gpu):
+    make, options = RULES[rule]
+    options = {**options, "master_weights": master_weights, "state_dtype": "8bit"}
+    grad = np.zeros(7 * 64 - 3, DTYPES[dtype])
+    grad[64:128] = -0.0
+    grad[[130, 200, 260, 330, 390]] = [1.0, 1e-38, 1e30, -np.inf, np.nan]
+    param, other = np.ones_like(grad), np.ones_like(grad)
+    on_cpu, on_gpu = make(param, **options), make(CupyArray(other), **options)
+    with np.errstate(over="ignore"):
+        for _ in range(2):
+            on_cpu.step(grad)
+            on_gpu.step(CupyArray(grad.copy()))
+            assert same_bits(param, other)
+            assert_same_state(on_gpu, on_cpu)
+    units = next(array for key, array in on_cpu.state[0].items() if key.endswith("_units"))
+    assert (units == 0).tolist() == [True, True, False, False, False, False, False]
+    assert np.isnan(units).tolist() == [False, False, False, False, False, True, True]
+
+
 def test_the_units_of_a_nan_are_nan(gpu):
     param = np.ones(200, np.float32)
     grad = np.ones(200, np.float32)
