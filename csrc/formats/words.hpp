@@ -21,8 +21,8 @@ FUSEDSTEP_INLINE B middle(B words) {
     return words << 8;
 }
 
-// ... and times 2^bits, of which the bits of `mask` count, with `base` beside them. `bits` is at least 16, and `base` has
-// none below 2^16.
+// ... and times 2^bits, of which the bits of `mask` count, with `base` beside them. `bits` is at least 16, and `base`
+// has none below 2^16.
 template <int bits, uint32_t mask, uint32_t base, class B>
 FUSEDSTEP_INLINE B raised(B words) {
     return and_or(words << bits, B(mask), B(base));
