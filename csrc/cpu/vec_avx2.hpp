@@ -232,7 +232,6 @@ struct U32 {
     FUSEDSTEP_INLINE friend U32 operator<<(U32 a, int n) { return _mm256_slli_epi32(a.x, n); }
     FUSEDSTEP_INLINE friend U32 operator>>(U32 a, int n) { return _mm256_srli_epi32(a.x, n); }
     FUSEDSTEP_INLINE friend U32 max(U32 a, U32 b) { return _mm256_max_epu32(a.x, b.x); }
-    FUSEDSTEP_INLINE friend U32 min(U32 a, U32 b) { return _mm256_min_epu32(a.x, b.x); }
     FUSEDSTEP_INLINE friend U32 if_greater(U32 a, U32 b, U32 yes, U32 no) {
         return _mm256_blendv_epi8(no.x, yes.x, _mm256_cmpgt_epi32(a.x, b.x));
     }

@@ -239,7 +239,6 @@ struct U32 {
     FUSEDSTEP_INLINE friend U32 operator<<(U32 a, int n) { return _mm512_slli_epi32(a.x, n); }
     FUSEDSTEP_INLINE friend U32 operator>>(U32 a, int n) { return _mm512_srli_epi32(a.x, n); }
     FUSEDSTEP_INLINE friend U32 max(U32 a, U32 b) { return _mm512_max_epu32(a.x, b.x); }
-    FUSEDSTEP_INLINE friend U32 min(U32 a, U32 b) { return _mm512_min_epu32(a.x, b.x); }
     FUSEDSTEP_INLINE friend U32 if_greater(U32 a, U32 b, U32 yes, U32 no) {
         return _mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(a.x, b.x), no.x, yes.x);
     }

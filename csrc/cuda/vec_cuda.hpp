@@ -36,7 +36,6 @@ struct U32 {
     FUSEDSTEP_INLINE friend U32 operator<<(U32 a, int n) { return U32(a.x << n); }
     FUSEDSTEP_INLINE friend U32 operator>>(U32 a, int n) { return U32(a.x >> n); }
     FUSEDSTEP_INLINE friend U32 max(U32 a, U32 b) { return U32(a.x > b.x ? a.x : b.x); }
-    FUSEDSTEP_INLINE friend U32 min(U32 a, U32 b) { return U32(a.x < b.x ? a.x : b.x); }
     FUSEDSTEP_INLINE friend U32 if_greater(U32 a, U32 b, U32 yes, U32 no) {
         return static_cast<int32_t>(a.x) > static_cast<int32_t>(b.x) ? yes : no;
     }
