@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../rules/inline.hpp"
+#include "bytes_of_lanes.hpp"
 #include "order_of_words.hpp"
 #include "pair.hpp"
 
@@ -132,7 +133,7 @@ FUSEDSTEP_INLINE F64 sum_to_odd(F64 a, F64 b) {
     return _mm256_blendv_pd(sum.x, _mm256_castsi256_pd(odd), inexact);
 }
 
-struct U32 {
+struct U32 : BytesOfLanes<U32> {
     __m256i x;
 
     FUSEDSTEP_INLINE U32() : x(_mm256_setzero_si256()) {}
@@ -160,27 +161,17 @@ struct U32 {
         for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * i), from[i].x);
     }
     FUSEDSTEP_INLINE static void store(uint16_t* to, const U32 (&from)[4]) {
-        for (int i = 0; i < 4; i += 2) store_quarters(to + 8 * i, _mm256_packus_epi32(from[i].x, from[i + 1].x));
+        for (int i = 0; i < 4; i += 2) store_quarters(to + 8 * i, packed(from[i], from[i + 1]).x);
     }
     FUSEDSTEP_INLINE static void store(uint8_t* to, const U32 (&from)[4]) {
-        store_packed(to, _mm256_packus_epi16(_mm256_packus_epi32(from[0].x, from[1].x),
-                                             _mm256_packus_epi32(from[2].x, from[3].x)));
+        store_packed(to, packed(from[0], from[1]), packed(from[2], from[3]));
     }
-    // The bytes that words.hpp says: packing makes 0 of what is negative.
-    FUSEDSTEP_INLINE static void store_bytes(uint8_t* to, const U32 (&from)[4], int bits) {
-        U32 codes[4];
-        for (int i = 0; i < 4; ++i) codes[i] = shifted_as_signed(from[i], bits);
-        store(to, codes);
-    }
-    FUSEDSTEP_INLINE static void store_bytes(int8_t* to, const U32 (&from)[4], int bits) {
-        const auto pair = [&](int i) __attribute__((always_inline)) {
-            return signed_bytes(U32(_mm256_packus_epi32((from[i] >> bits).x, (from[i + 1] >> bits).x)), 31 - bits).x;
-        };
-        store_packed(to, _mm256_packus_epi16(pair(0), pair(2)));
-    }
-    FUSEDSTEP_INLINE static void store_packed(void* to, __m256i packed) {
+    // Two vectors as words, lane by lane, and two of such as bytes.
+    FUSEDSTEP_INLINE friend U32 packed(U32 a, U32 b) { return _mm256_packus_epi32(a.x, b.x); }
+    FUSEDSTEP_INLINE static void store_packed(void* to, U32 a, U32 b) {
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(packed, order));
+        _mm256_storeu_si256(static_cast<__m256i*>(to),
+                            _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a.x, b.x), order));
     }
     // In 16-bit words: two vectors' worth, as order_of_words.hpp takes them.
     FUSEDSTEP_INLINE static U32 load_words(const uint16_t* from) {

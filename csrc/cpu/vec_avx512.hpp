@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../rules/inline.hpp"
+#include "bytes_of_lanes.hpp"
 #include "order_of_words.hpp"
 #include "pair.hpp"
 
@@ -136,7 +137,7 @@ FUSEDSTEP_INLINE F64 sum_to_odd(F64 a, F64 b) {
     return _mm512_castsi512_pd(_mm512_mask_or_epi64(sum, inexact, sum, _mm512_set1_epi64(1)));
 }
 
-struct U32 {
+struct U32 : BytesOfLanes<U32> {
     __m512i x;
 
     FUSEDSTEP_INLINE U32() : x(_mm512_setzero_si512()) {}
@@ -162,27 +163,16 @@ struct U32 {
         for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + 16 * i, from[i].x);
     }
     FUSEDSTEP_INLINE static void store(uint16_t* to, const U32 (&from)[4]) {
-        for (int i = 0; i < 4; i += 2) store_quarters(to + 16 * i, _mm512_packus_epi32(from[i].x, from[i + 1].x));
+        for (int i = 0; i < 4; i += 2) store_quarters(to + 16 * i, packed(from[i], from[i + 1]).x);
     }
     FUSEDSTEP_INLINE static void store(uint8_t* to, const U32 (&from)[4]) {
-        store_packed(to, _mm512_packus_epi16(_mm512_packus_epi32(from[0].x, from[1].x),
-                                             _mm512_packus_epi32(from[2].x, from[3].x)));
+        store_packed(to, packed(from[0], from[1]), packed(from[2], from[3]));
     }
-    // The bytes that words.hpp says: packing makes 0 of what is negative.
-    FUSEDSTEP_INLINE static void store_bytes(uint8_t* to, const U32 (&from)[4], int bits) {
-        U32 codes[4];
-        for (int i = 0; i < 4; ++i) codes[i] = shifted_as_signed(from[i], bits);
-        store(to, codes);
-    }
-    FUSEDSTEP_INLINE static void store_bytes(int8_t* to, const U32 (&from)[4], int bits) {
-        const auto pair = [&](int i) __attribute__((always_inline)) {
-            return signed_bytes(U32(_mm512_packus_epi32((from[i] >> bits).x, (from[i + 1] >> bits).x)), 31 - bits).x;
-        };
-        store_packed(to, _mm512_packus_epi16(pair(0), pair(2)));
-    }
-    FUSEDSTEP_INLINE static void store_packed(void* to, __m512i packed) {
+    // Two vectors as words, lane by lane, and two of such as bytes.
+    FUSEDSTEP_INLINE friend U32 packed(U32 a, U32 b) { return _mm512_packus_epi32(a.x, b.x); }
+    FUSEDSTEP_INLINE static void store_packed(void* to, U32 a, U32 b) {
         const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, packed));
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(a.x, b.x)));
     }
     // In 16-bit words: two vectors' worth, as order_of_words.hpp takes them.
     FUSEDSTEP_INLINE static U32 load_words(const uint16_t* from) { return _mm512_loadu_si512(from); }
