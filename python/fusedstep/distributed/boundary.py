@@ -83,23 +83,15 @@ class Parameters:
         As the ordinary optimizer; a parameter is not C-contiguous.
     """
 
+    structures: list[str]
+    members: list[list[int]]
+    arrays: list[Any]
+    names: list[str | None]
+    suffixes: list[str]
+
     def __init__(self, params: Params) -> None:
-        self.by_group = are_groups(params)
-        groups: Any = params if self.by_group else [{"params": params}]
-        self.structures: list[str] = []
-        self.members: list[list[int]] = []
-        self.arrays: list[Any] = []
-        self.names: list[str | None] = []
-        self.suffixes: list[str] = []
-        for number, group in enumerate(groups):
-            if "params" not in group:
-                raise TypeError(f"param_groups[{number}]: expected a dict with 'params'")
-            structure, names, arrays = structure_of(group["params"])
-            self.structures.append(structure)
-            self.members.append(list(range(len(self.arrays), len(self.arrays) + len(arrays))))
-            self.arrays += map(as_array, arrays)
-            self.names += names
-            self.suffixes += suffixes_of(structure, names, f"[{number}]" if self.by_group else "")
+        self._read_groups(params)
+        self.arrays = [as_array(array) for array in self.arrays]
         for array, suffix in zip(self.arrays, self.suffixes, strict=True):
             _core.check_parameter(array, suffix)
             if module_of(array) is None or module_of(array) is not module_of(self.arrays[0]):
@@ -117,8 +109,23 @@ class Parameters:
                     f"between elements; pass np.ascontiguousarray(...)"
                 )
         self.flat = [array.reshape(-1) for array in self.arrays]
-        self.group_of = [number for number, own in enumerate(self.members) for _ in own]
         self._spans = Spans(self.flat, self.suffixes)
+
+    def _read_groups(self, params: Params) -> None:
+        """Set what does not depend on what the parameters are."""
+        self.by_group = are_groups(params)
+        groups: Any = params if self.by_group else [{"params": params}]
+        self.structures, self.members, self.arrays, self.names, self.suffixes = [], [], [], [], []
+        for number, group in enumerate(groups):
+            if "params" not in group:
+                raise TypeError(f"param_groups[{number}]: expected a dict with 'params'")
+            structure, names, arrays = structure_of(group["params"])
+            self.structures.append(structure)
+            self.members.append(list(range(len(self.arrays), len(self.arrays) + len(arrays))))
+            self.arrays += arrays
+            self.names += names
+            self.suffixes += suffixes_of(structure, names, f"[{number}]" if self.by_group else "")
+        self.group_of = [number for number, own in enumerate(self.members) for _ in own]
 
     def flat_grads(self, grads: Any) -> list[Any]:
         """Return the gradient of each parameter as a flat array, or None.

@@ -9,7 +9,6 @@ import numpy as np
 
 from .. import _core
 from ..distributed import boundary
-from ..structure import are_groups, structure_of, suffixes_of
 from .device import Device, device_of, dtype_of, kind_of, library_of
 
 
@@ -40,23 +39,7 @@ class Parameters(boundary.Parameters):
     """
 
     def __init__(self, params: Any, device: Device | None) -> None:
-        self.by_group = are_groups(params)
-        groups: Any = params if self.by_group else [{"params": params}]
-        self.structures = []
-        self.members = []
-        self.arrays = []
-        self.names = []
-        self.suffixes = []
-        for number, group in enumerate(groups):
-            if "params" not in group:
-                raise TypeError(f"param_groups[{number}]: expected a dict with 'params'")
-            structure, names, arrays = structure_of(group["params"])
-            self.structures.append(structure)
-            self.members.append(list(range(len(self.arrays), len(self.arrays) + len(arrays))))
-            self.arrays += arrays
-            self.names += names
-            self.suffixes += suffixes_of(structure, names, f"[{number}]" if self.by_group else "")
-        self.group_of = [number for number, own in enumerate(self.members) for _ in own]
+        self._read_groups(params)
         self.dtypes = [self._checked_dtype(i) for i in range(len(self.arrays))]
         self.shapes = [tuple(array.shape) for array in self.arrays]
         self.sizes = [int(np.prod(shape, dtype=np.int64)) for shape in self.shapes]
