@@ -195,6 +195,7 @@ public:
         *this = Blocks(codes_ + block_elements, unit_at_ + 1);
         read_unit();
         fetch_eighth_block(codes_);
+        fetch_ahead<1, cache_line>(unit_at_);
     }
     FUSEDSTEP_INLINE Blocks before() const { return Blocks(codes_ - block_elements, unit_at_ - 1); }
 
