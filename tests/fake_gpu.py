@@ -131,8 +131,8 @@ class DlpackArray:
     def __dlpack__(self, stream: int, **options: Any) -> Any:
         if options and not self.versioned:
             raise TypeError("no such argument")
-        self.streams.append(stream)
         capsule = self.host.__dlpack__(**options)
+        self.streams.append(stream)
         change_dlpack(capsule, **self.tensor)
         return capsule
 

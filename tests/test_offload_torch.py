@@ -199,7 +199,8 @@ def test_a_second_backward_pass_in_a_step_is_refused():
         offloaded.overlap(),
     ):
         loss_of(model, 0).backward()
-        loss_of(model, 1).backward()
+        # A loss that needs values of parameters may fail before, as steps have changed them.
+        model.embed.sum().backward()
     with pytest.raises(RuntimeError, match="broken off in the middle"):
         offloaded.step()
 

@@ -247,6 +247,8 @@ def test_every_scheduler_is_tested():
     assert {*lrs.__all__, "SWALR"} - {"LRScheduler"} == set(SCHEDULERS)
 
 
+# PyTorch's own SequentialLR gives it, until 2.10.
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("tensor_lr", [False, True])
@@ -636,6 +638,13 @@ def test_ways_to_step(name):
             options = {} if isinstance(params[0], dict) else {way: True}
             with pytest.raises(ValueError, match=f"{way}=True: not supported"):
                 kind(params, **options)
+
+
+def test_an_old_pytorch_is_refused_by_name():
+    code = "import torch; torch.__version__ = '2.6.0+cpu'; import fusedstep.torch"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    message = "fusedstep.torch needs PyTorch 2.7 or newer, not 2.6.0+cpu"
+    assert result.stderr.rstrip().endswith(f"ImportError: {message}")
 
 
 def test_fusedstep_does_not_import_torch():

@@ -51,8 +51,8 @@ TorchReader::Handle TorchReader::handle_of(py::handle tensor) {
     if (!looked_up_) look_up();
     const py::handle type = py::type::handle_of(tensor);
     if (!readable_ || !(type.is(tensor_type_) || type.is(parameter_type_))) return nullptr;
-    // A handle is the address of an at::Tensor, which is what the Python object begins with.
-    return tensor.ptr() + 1;
+    // A handle is the address of an at::Tensor, which is a part of the Python object.
+    return reinterpret_cast<char*>(tensor.ptr()) + tensor_at_;
 }
 
 bool TorchReader::is_negative(py::handle tensor) const {
@@ -73,11 +73,19 @@ void TorchReader::look_up() {
     if (method.ml_flags != METH_NOARGS) return;
     is_negative_ = method.ml_meth;
     if (!find_functions()) return;
-    // An at::Tensor is a pointer to what `_cdata` names.
+    // An at::Tensor is a pointer to what `_cdata` names. The object begins with it, or, as in PyTorch 2.8, with a
+    // c10::MaybeOwned, in which it comes after a bool.
     const py::object tensor = torch.attr("empty")(0, py::arg("device") = "cpu");
-    uintptr_t pointer;
-    std::memcpy(&pointer, tensor.ptr() + 1, sizeof(pointer));
-    readable_ = pointer == tensor.attr("_cdata").cast<uintptr_t>();
+    const auto named = tensor.attr("_cdata").cast<uintptr_t>();
+    for (const size_t at : {sizeof(PyObject), sizeof(PyObject) + sizeof(void*)}) {
+        uintptr_t pointer;
+        std::memcpy(&pointer, reinterpret_cast<const char*>(tensor.ptr()) + at, sizeof(pointer));
+        if (pointer == named) {
+            tensor_at_ = at;
+            readable_ = true;
+            return;
+        }
+    }
 }
 
 bool TorchReader::find_functions() {

@@ -48,6 +48,7 @@ private:
 
     bool looked_up_ = false;
     bool readable_ = false;
+    size_t tensor_at_ = 0;  // in the Python object
     py::handle tensor_type_, parameter_type_;
     std::unique_ptr<const Getter> gradient_;
     PyCFunction is_negative_ = nullptr;

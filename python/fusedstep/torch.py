@@ -24,6 +24,9 @@ from .step_count import StepCount
 
 __all__ = ["GD", "SGD", "Adam", "AdamW"]
 
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+    raise ImportError(f"fusedstep.torch needs PyTorch 2.7 or newer, not {torch.__version__}")
+
 # What PyTorch's groups have come to hold over time, for state from before.
 _ADDED = {"amsgrad": False, "maximize": False, "nesterov": False}
 # How PyTorch runs a step, which is no concern of a checkpoint's here.
