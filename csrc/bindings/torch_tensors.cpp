@@ -50,7 +50,7 @@ bool TorchReader::read(py::handle tensor, DType dtype, const py::ssize_t* shape,
 TorchReader::Handle TorchReader::handle_of(py::handle tensor) {
     if (!looked_up_) look_up();
     const py::handle type = py::type::handle_of(tensor);
-    if (!readable_ || !(type.is(tensor_type_) || type.is(parameter_type_))) return nullptr;
+    if (tensor_at_ == 0 || !(type.is(tensor_type_) || type.is(parameter_type_))) return nullptr;
     // A handle is the address of an at::Tensor, which is a part of the Python object.
     return reinterpret_cast<char*>(tensor.ptr()) + tensor_at_;
 }
@@ -80,11 +80,7 @@ void TorchReader::look_up() {
     for (const size_t at : {sizeof(PyObject), sizeof(PyObject) + sizeof(void*)}) {
         uintptr_t pointer;
         std::memcpy(&pointer, reinterpret_cast<const char*>(tensor.ptr()) + at, sizeof(pointer));
-        if (pointer == named) {
-            tensor_at_ = at;
-            readable_ = true;
-            return;
-        }
+        if (pointer == named) tensor_at_ = at;
     }
 }
 

@@ -47,8 +47,7 @@ private:
     bool is_negative(py::handle tensor) const;
 
     bool looked_up_ = false;
-    bool readable_ = false;
-    size_t tensor_at_ = 0;  // in the Python object
+    size_t tensor_at_ = 0;  // in the Python object; 0 where tensors cannot be read
     py::handle tensor_type_, parameter_type_;
     std::unique_ptr<const Getter> gradient_;
     PyCFunction is_negative_ = nullptr;
