@@ -172,13 +172,14 @@ def test_shared_memory_is_found(make, gpu):
     fs.gd_step([make(whole[::2]), make(whole[1::2])], grads)  # interleaved, but apart
 
 
-NUMPY_EXPORTS_NONE = pytest.mark.skipif(
-    np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="NumPy before 2.1 exports none"
+NEEDS_READ_ONLY_DLPACK = pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) < "2.1.0",
+    reason="NumPy before 2.1 exports no read-only arrays",
 )
 
 
 @pytest.mark.parametrize(
-    "make", [pytest.param(DlpackArray, marks=NUMPY_EXPORTS_NONE), InterfaceArray]
+    "make", [pytest.param(DlpackArray, marks=NEEDS_READ_ONLY_DLPACK), InterfaceArray]
 )
 def test_read_only_arrays_are_refused(make, gpu):
     p = float32(3)

@@ -247,8 +247,8 @@ def test_every_scheduler_is_tested():
     assert {*lrs.__all__, "SWALR"} - {"LRScheduler"} == set(SCHEDULERS)
 
 
-# PyTorch's own SequentialLR gives it, until 2.10.
-@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+# In 2.7 and 2.8 PyTorch's own SequentialLR gives it.
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("tensor_lr", [False, True])
