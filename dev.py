@@ -5,7 +5,7 @@ python3 dev.py demo     install into .venv, train a small network, draw its loss
 python3 dev.py test     install into .venv with all that the tests need, run them
 python3 dev.py bench    install into .venv, time the steps (arguments go to the benchmark)
 python3 dev.py gpu      on a machine with an NVIDIA GPU: build, test and time the CUDA kernels
-python3 dev.py lint     format and lint checks
+python3 dev.py lint     format and lint checks, and whether Clang takes the kernels
 python3 dev.py wheel    build a wheel, repair it to manylinux, prove it in an empty environment
 """
 
@@ -146,6 +146,14 @@ def lint(arguments: list[str]) -> None:
     run(python, "-m", "ruff", "format", "--check", cwd=ROOT)
     run(python.parent / "clang-format", "--dry-run", "--Werror", *sources)
     run(python, "-m", "mypy", cwd=ROOT)
+    # Another compiler (Clang 18), standard library and processor than those of the tests.
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sorted([*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/rules/*.cpp")]):
+            run(
+                python, "-m", "ziglang", "c++", "-target", "aarch64-macos", "-std=c++17",
+                "-Wall", "-Wextra", "-Werror", "-DFUSEDSTEP_ISA=scalar", "-c", source,
+                "-o", Path(folder) / "object.o",
+            )  # fmt: skip
 
 
 def wheel(arguments: list[str]) -> None:

@@ -14,12 +14,12 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import machine
 from .emulated_formats import (
     BETAS,
     BITSANDBYTES,
@@ -310,10 +310,9 @@ def main() -> int:
     )
     args = parser.parse_args()
     quick = args.quick
-    needed = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "torch": "torch"}
-    missing = [name for module, name in needed.items() if find_spec(module) is None]
-    if missing:
-        parser.error(f"not installed: {', '.join(missing)} (pip install {' '.join(missing)})")
+    machine.require(
+        parser, {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "torch": "torch"}
+    )
 
     seeds = range(2 if quick else 5)
     steps = {"digits": 100, "transformer": 15} if quick else {"digits": 800, "transformer": 300}

@@ -1,10 +1,13 @@
 """What the figures were measured on and with."""
 
+import argparse
 import json
 import os
 import platform
 import time
+from collections.abc import Mapping
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,13 @@ from fusedstep import _core
 PACKAGES = (
     "numpy", "numexpr", "numba", "torch", "jax", "jaxlib", "optax", "deepspeed", "matplotlib",
 )  # fmt: skip
+
+
+def require(parser: argparse.ArgumentParser, packages: Mapping[str, str]) -> None:
+    """End the program where a module is missing, which has the name of its package beside it."""
+    missing = [package for module, package in packages.items() if find_spec(module) is None]
+    if missing:
+        parser.error(f"not installed: {', '.join(missing)} (pip install {' '.join(missing)})")
 
 
 def caches() -> dict[str, int]:

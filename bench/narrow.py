@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="no array above a million")
     parser.add_argument("--output", type=Path, default=Path("bench-record"), metavar="DIR")
     args = parser.parse_args()
+    machine.require(parser, {"ml_dtypes": "ml_dtypes"})
     cases = [run(n, print) for n in ((100_000,) if args.quick else (100_000, 64_000_000))]
     rows = []
     for elements, contender, factor, other in REQUIRED:

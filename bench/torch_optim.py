@@ -87,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=3.0, help="seconds of each contender")
     parser.add_argument("--output", type=Path, default=Path("bench-record"), metavar="DIR")
     args = parser.parse_args(arguments)
+    if not args.quick:
+        machine.require(parser, {"ml_dtypes": "ml_dtypes"})
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads; medians of one step")
     cases, rows = [], []
     for case in CASES[:2] if args.quick else CASES:

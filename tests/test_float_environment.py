@@ -4,41 +4,69 @@ import ctypes
 import platform
 import shutil
 import subprocess
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 import fusedstep as fs
 
+# The register that says how to compute: the MXCSR of x86-64, whose low six bits say what happened,
+# and the FPCR of aarch64. fesetround sets the x87 unit of x86-64, too.
 SOURCE = """
 #include <fenv.h>
+#ifdef __x86_64__
 #include <xmmintrin.h>
-unsigned get_mxcsr(void) { return _mm_getcsr(); }
-void set_mxcsr(unsigned value) { _mm_setcsr(value); }
+unsigned get_control(void) { return _mm_getcsr() & ~0x3Fu; }
+void set_control(unsigned value) { _mm_setcsr(value); }
+#else
+unsigned get_control(void) {
+    unsigned long value;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(value));
+    return value;
+}
+void set_control(unsigned value) { __asm__ volatile("msr fpcr, %0" : : "r"((unsigned long)value)); }
+#endif
 int set_rounding(int mode) { return fesetround(mode); }
 """
-DEFAULT = 0x1F80
-FLAGS = 0x3F  # what happened, not how to compute
-FLUSH_TO_ZERO, DENORMALS_ARE_ZERO = 0x8000, 0x0040
-# The modes of <fenv.h> on x86; in the MXCSR they are three bits higher.
-DOWN, UP, TOWARD_ZERO = 0x400, 0x800, 0xC00
 
+
+class Machine(NamedTuple):
+    """Bits of the register, the modes of <fenv.h>, and how far they are shifted in the register."""
+
+    default: int
+    flush: dict[str, int]
+    down: int
+    up: int
+    toward_zero: int
+    shift: int
+
+
+MACHINES = {
+    "x86_64": Machine(
+        0x1F80, {"flush to zero": 0x8000, "denormals are zero": 0x0040}, 0x400, 0x800, 0xC00, 3
+    ),
+    "aarch64": Machine(
+        0, {"flush to zero": 1 << 24, "float16 flushes": 1 << 19}, 2 << 22, 1 << 22, 3 << 22, 0
+    ),
+}
+MACHINE = MACHINES.get(platform.machine(), MACHINES["x86_64"])
+BOTH = sum(MACHINE.flush.values())
 SETTINGS = {
-    "flush to zero": (FLUSH_TO_ZERO, 0),
-    "denormals are zero": (DENORMALS_ARE_ZERO, 0),
-    "both": (FLUSH_TO_ZERO | DENORMALS_ARE_ZERO, 0),
-    "down": (0, DOWN),
-    "up": (0, UP),
-    "toward zero": (0, TOWARD_ZERO),
-    "all at once": (FLUSH_TO_ZERO | DENORMALS_ARE_ZERO, UP),
+    **{name: (bits, 0) for name, bits in MACHINE.flush.items()},
+    "both": (BOTH, 0),
+    "down": (0, MACHINE.down),
+    "up": (0, MACHINE.up),
+    "toward zero": (0, MACHINE.toward_zero),
+    "all at once": (BOTH, MACHINE.up),
 }
 
 
 @pytest.fixture(scope="module")
 def fenv(tmp_path_factory):
     compiler = shutil.which("cc")
-    if platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("the MXCSR is a register of x86-64")
+    if platform.machine() not in MACHINES:
+        pytest.skip(f"how {platform.machine()} is told to flush denormals is not known here")
     if compiler is None:
         pytest.skip("no C compiler to reach the floating-point settings with")
     folder = tmp_path_factory.mktemp("fenv")
@@ -90,19 +118,20 @@ def draw(size, dtype):
 @pytest.mark.parametrize(("size", "threads"), [(1003, 1), (400_003, 3)])
 def test_settings_of_the_caller(fenv, isa, setting, step, size, threads):
     bits, rounding = setting
+    wanted = MACHINE.default | bits | rounding << MACHINE.shift
     fs.set_num_threads(threads)
     for dtype in (np.float32, np.float64):
         expected, results = draw(size, dtype), draw(size, dtype)
         step(expected)
         fenv.set_rounding(rounding)
-        fenv.set_mxcsr(DEFAULT | bits | rounding << 3)
+        fenv.set_control(wanted)
         try:
             step(results)
-            after = fenv.get_mxcsr()
+            after = fenv.get_control()
         finally:
             fenv.set_rounding(0)
-            fenv.set_mxcsr(DEFAULT)
-        assert after & ~FLAGS == DEFAULT | bits | rounding << 3
+            fenv.set_control(MACHINE.default)
+        assert after == wanted
         assert [a.tobytes() for a in results] == [a.tobytes() for a in expected]
 
 
@@ -110,10 +139,10 @@ def test_the_settings_do_change_arithmetic(fenv):
     """What the test above relies on."""
     tiny = np.full(64, np.finfo(np.float32).tiny, np.float32)
     three = np.full(64, 3, np.float32)
-    fenv.set_mxcsr(DEFAULT | FLUSH_TO_ZERO | DOWN << 3)
+    fenv.set_control(MACHINE.default | BOTH | MACHINE.down << MACHINE.shift)
     try:
         half, down = tiny * np.float32(0.5), 1 / three
     finally:
-        fenv.set_mxcsr(DEFAULT)
+        fenv.set_control(MACHINE.default)
     assert (half == 0).all()
     assert (down < 1 / three).all()

@@ -34,10 +34,10 @@ private:
     static constexpr bool is_state(size_t k) { return k > 0 && (Rule::written >> k & 1) != 0; }
     // Between the stages, state that is encoded.
     static constexpr bool is_kept(size_t k) { return is_state(k) && !written_at_once[k]; }
-    static constexpr bool written_at_once[] = {Accesses::native...};
+    static constexpr bool written_at_once[Rule::streams] = {Accesses::native...};
     // Every other root beside the divider, which both stages wait for; where blocks are encoded, they wait for others.
     static constexpr bool has_blocks = (Accesses::blockwise || ...);
-    static constexpr bool is_blockwise[] = {Accesses::blockwise...};
+    static constexpr bool is_blockwise[Rule::streams] = {Accesses::blockwise...};
     // Rounding a NaN needs care, except where none can come up that is not a bfloat16.
     static constexpr bool may_be_nan = !(Accesses::nan_is_bfloat16 && ...);
 
