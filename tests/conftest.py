@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 import fusedstep as fs
+from fusedstep import _core
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +16,15 @@ def _restore_settings() -> Iterator[None]:
     yield
     fs.set_isa(isa)
     fs.set_num_threads(threads)
+
+
+@pytest.fixture(params=[True, False], ids=["as on Intel", "as on others"])
+def maker(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run the test once in each way that is fast on processors of one maker or another."""
+    before = _core.made_by_intel()
+    _core.set_made_by_intel(request.param)
+    yield
+    _core.set_made_by_intel(before)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 from helpers import assert_unchanged
 
 import fusedstep as fs
-from fusedstep import _core
 
 # How many arrays a rule has, and a step of it over them, with every scalar in use.
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "grad_scale": 0.7}
@@ -232,16 +231,9 @@ def test_special_values(isa, rule, dtype):
     assert all(np.isfinite(a).any() and np.isnan(a).any() for a in arrays)
 
 
-@pytest.fixture
-def slow_denormals():
-    before = _core.denormals_are_slow()
-    yield _core.set_denormals_are_slow
-    _core.set_denormals_are_slow(before)
-
-
 @pytest.mark.parametrize("share", [0.03, 0.5, 1.0])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_around_denormals(slow_denormals, isa, rule, share, threads):
+def test_around_denormals(maker, isa, rule, share, threads):
     """A kernel that goes around denormals, which Intel's processors need, has the same bits."""
     count, step = rule
     rng = np.random.default_rng(1)
@@ -260,16 +252,14 @@ def test_around_denormals(slow_denormals, isa, rule, share, threads):
                 bits_of |= rng.integers(0, 2, size).astype(np.uint32) << np.uint32(31)
             arrays.append(bits_of.view(np.float32))
         expected = stepped(step, arrays)
-        for slow in (True, False):
-            slow_denormals(slow)
-            # Each at an offset of its own.
-            results = [np.append(np.zeros(k, np.float32), a)[k:] for k, a in enumerate(arrays)]
-            step(*results)
-            for result, wanted in zip(results, expected, strict=True):
-                # Which NaN it is, is not promised.
-                assert (np.isnan(result) == np.isnan(wanted)).all()
-                result[np.isnan(result)] = wanted[np.isnan(wanted)] = np.nan
-            assert bits(results) == bits(expected)
+        # Each at an offset of its own.
+        results = [np.append(np.zeros(k, np.float32), a)[k:] for k, a in enumerate(arrays)]
+        step(*results)
+        for result, wanted in zip(results, expected, strict=True):
+            # Which NaN it is, is not promised.
+            assert (np.isnan(result) == np.isnan(wanted)).all()
+            result[np.isnan(result)] = wanted[np.isnan(wanted)] = np.nan
+        assert bits(results) == bits(expected)
 
 
 def test_the_root_of_every_mantissa(isa):

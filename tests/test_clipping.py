@@ -98,7 +98,7 @@ def test_norm_is_right(isa, dtype, grad_scale):
     assert norm_of(grads) == pytest.approx(exact_norm(grads), rel=1e-14)
 
 
-def test_norm_is_summed_as_documented(isa):
+def test_norm_is_summed_as_documented(isa, maker):
     for size in SIZES:
         grads = draw([size])
         assert norm_of(grads) == documented_norm(grads), size
@@ -107,7 +107,7 @@ def test_norm_is_summed_as_documented(isa):
         assert norm_of(grads) == documented_norm(grads)
 
 
-def test_norm_is_the_same_bits_for_every_instruction_set_and_thread_count(isa, dtype):
+def test_norm_is_the_same_bits_for_every_instruction_set_and_thread_count(isa, maker, dtype):
     fs.set_isa("scalar")
     fs.set_num_threads(1)
     cases = [draw([1_000_003], dtype), draw([*SIZES, 400_001, 3], dtype)]

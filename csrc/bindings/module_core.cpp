@@ -116,8 +116,8 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     module.def("available_isas", [] { return names(true); });
     module.def("get_isa", [] { return cpu::chosen_isa().name; });
     module.def("set_isa", &cpu::choose_isa);
-    module.def("denormals_are_slow", &cpu::denormals_are_slow);
-    module.def("set_denormals_are_slow", &cpu::set_denormals_are_slow);
+    module.def("made_by_intel", &cpu::made_by_intel);
+    module.def("set_made_by_intel", &cpu::set_made_by_intel);
     module.def("get_num_threads", &cpu::num_threads);
     module.def("set_num_threads", &set_num_threads);
     module.def("cgroup_cpu_limit", &cpu::cgroup_cpu_limit);

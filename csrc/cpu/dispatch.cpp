@@ -21,7 +21,7 @@ std::vector<Isa> detect() {
     return isas;
 }
 
-bool is_made_by_intel() {
+bool detect_intel() {
 #if defined(FUSEDSTEP_X86_KERNELS)
     __builtin_cpu_init();
     return __builtin_cpu_is("intel") != 0;
@@ -30,7 +30,7 @@ bool is_made_by_intel() {
 #endif
 }
 
-std::atomic<bool> slow_denormals{is_made_by_intel()};
+std::atomic<bool> intel{detect_intel()};
 
 enum class Origin { best, environment, call };
 
@@ -94,8 +94,8 @@ void choose_isa(const std::string& name) {
     origin = Origin::call;
 }
 
-bool denormals_are_slow() { return slow_denormals.load(std::memory_order_relaxed); }
+bool made_by_intel() { return intel.load(std::memory_order_relaxed); }
 
-void set_denormals_are_slow(bool slow) { slow_denormals.store(slow, std::memory_order_relaxed); }
+void set_made_by_intel(bool is) { intel.store(is, std::memory_order_relaxed); }
 
 }  // namespace fusedstep::cpu

@@ -23,8 +23,8 @@ const Isa& chosen_isa();
 std::string chosen_isa_reason();
 void choose_isa(const std::string& name);
 
-// Whether this processor takes long where it meets a denormal, as Intel's do; tests may say so of any.
-bool denormals_are_slow();
-void set_denormals_are_slow(bool slow);
+// What is fast is not the same on processors of all makers; tests may say so of any.
+bool made_by_intel();
+void set_made_by_intel(bool is);
 
 }  // namespace fusedstep::cpu

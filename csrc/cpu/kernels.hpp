@@ -13,7 +13,6 @@ namespace fusedstep {
 
 using StepKernel = void (*)(void* const* streams, int64_t begin, int64_t count, const void* scalars);
 
-// Memory is read faster in several streams than in one.
 constexpr int blocks_side_by_side = 4;
 
 // Adding squares to the lanes of blocks, which core/norm.hpp describes.

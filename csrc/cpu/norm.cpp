@@ -54,13 +54,15 @@ double GradientNorm::sum_of_squares() {
 
 void GradientNorm::sum_blocks(int64_t begin, int64_t end) {
     const KernelTable& kernels = *chosen_isa().kernels;
+    // Intel's processors read memory faster in several streams than in one, AMD's by up to a half slower.
+    const bool side_by_side = made_by_intel();
     size_t i = std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin();
     for (int64_t block = begin, blocks = 0; block < end; block += blocks) {
         while (ends_[i] <= block) ++i;
         const auto& [tensor, dtype] = gradients_[i];
         const int64_t first = (block - (i == 0 ? 0 : ends_[i - 1])) * norm_block;
         alignas(64) double lanes[blocks_side_by_side * norm_lanes] = {};
-        if (is_plain(*tensor) && block + blocks_side_by_side <= end &&
+        if (side_by_side && is_plain(*tensor) && block + blocks_side_by_side <= end &&
             first + blocks_side_by_side * norm_block <= tensor->size) {
             blocks = blocks_side_by_side;
             const char* const values = static_cast<const char*>(tensor->streams[gradient_stream]);

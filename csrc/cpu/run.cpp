@@ -31,7 +31,8 @@ bool is_long(int64_t bytes) { return bytes >= least_waking_bytes; }
 
 void run(const Job& job, const Meanwhile& meanwhile) {
     const KernelTable& kernels = *chosen_isa().kernels;
-    const StepKernel kernel = job.dtype == DType::float32 && denormals_are_slow()
+    // Intel's processors take long where they meet a denormal.
+    const StepKernel kernel = job.dtype == DType::float32 && made_by_intel()
                                   ? kernels.step_around_denormals[job.rule]
                                   : kernels.step[job.rule][static_cast<int>(job.dtype)];
     const auto step = [&](const Tensor& tensor, int64_t begin, int64_t count) {
