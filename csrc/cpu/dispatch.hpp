@@ -23,7 +23,7 @@ const Isa& chosen_isa();
 std::string chosen_isa_reason();
 void choose_isa(const std::string& name);
 
-// What is fast is not the same on processors of all makers; tests may say so of any.
+// Which of two ways is the faster one depends on who made the processor. Tests may say so of any.
 bool made_by_intel();
 void set_made_by_intel(bool is);
 
