@@ -5,7 +5,7 @@ python3 dev.py demo     install into .venv, train a small network, draw its loss
 python3 dev.py test     install into .venv with all that the tests need, run them
 python3 dev.py bench    install into .venv, time the steps (arguments go to the benchmark)
 python3 dev.py gpu      on a machine with an NVIDIA GPU: build, test and time the CUDA kernels
-python3 dev.py lint     format and lint checks, and whether Clang takes the kernels
+python3 dev.py lint     format and lint checks, and whether Clang takes the scalar kernels
 python3 dev.py wheel    build a wheel, repair it to manylinux, prove it in an empty environment
 """
 

@@ -53,7 +53,7 @@ def in_own_process(setting: str | None, *case: int) -> dict[str, float]:
     if setting is not None:
         environment[VARIABLE] = setting
     command = [sys.executable, "-m", "fusedstep.bench.beside_blas", "--case", *map(str, case)]
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     timings: dict[str, float] = json.loads(answer.stdout)
     return timings
 
@@ -67,6 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.case:
         print(json.dumps(microseconds(*args.case)))
         return
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    print(f"NumPy's BLAS is {blas['name']} {blas['version']}; {VARIABLE} is OpenBLAS's")
     cases: list[dict[str, Any]] = []
     for rows in PRODUCTS:
         for elements in ELEMENTS:
@@ -84,7 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
                     f"product of {rows} x {rows} {found['product']:8.1f} us, "
                     f"step of {elements:>9,} {found['step']:6.1f} us: {name}"
                 )
-    record = {"date": datetime.date.today().isoformat(), **machine.describe(), "cases": cases}
+    date = datetime.date.today().isoformat()
+    record = {"date": date, **machine.describe(), "blas": blas, "cases": cases}
     print(f"wrote {machine.write_record(args.output, 'beside_blas', record['cpu'], record)}")
 
 

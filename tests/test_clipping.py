@@ -107,6 +107,16 @@ def test_norm_is_summed_as_documented(isa, maker):
         assert norm_of(grads) == documented_norm(grads)
 
 
+def test_every_block_counts_where_it_belongs(isa, maker):
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        grad = rng.standard_normal(9 * BLOCK + 77).astype(np.float32)
+        # Blocks of very different weight, so that it shows where each is added.
+        weights = np.ldexp(1.0, rng.permutation(10) * -3)
+        grad *= np.repeat(weights, BLOCK)[: grad.size].astype(np.float32)
+        assert norm_of([grad]) == documented_norm([grad])
+
+
 def test_norm_is_the_same_bits_for_every_instruction_set_and_thread_count(isa, maker, dtype):
     fs.set_isa("scalar")
     fs.set_num_threads(1)

@@ -125,6 +125,7 @@ def test_settings_of_the_caller(fenv, isa, setting, step, size, threads):
         step(expected)
         fenv.set_rounding(rounding)
         fenv.set_control(wanted)
+        wanted = fenv.get_control()  # without the bits that this processor does not have
         try:
             step(results)
             after = fenv.get_control()

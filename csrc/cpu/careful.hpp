@@ -91,7 +91,7 @@ bool careful_step_loop(void* const* streams, int64_t begin, int64_t count, const
 template <class Rule, class V>
 void step_loop_around_denormals(void* const* streams, int64_t begin, int64_t count, const void* scalars) {
     constexpr int64_t stretch = 4096;
-    if (count < stretch / 4) return step_loop<Rule, V>(streams, begin, count, scalars);
+    if (count < stretch / 4) return step_loop<Rule, V, true>(streams, begin, count, scalars);
     // What this thread met last, which it will meet again where it goes on.
     static thread_local bool careful = false;
     for (const int64_t end = begin + count; begin < end; begin += stretch) {
@@ -100,7 +100,7 @@ void step_loop_around_denormals(void* const* streams, int64_t begin, int64_t cou
             careful = careful_step_loop<Rule, V>(streams, begin, n, scalars);
         } else {
             clear_float_flags();
-            step_loop<Rule, V>(streams, begin, n, scalars);
+            step_loop<Rule, V, true>(streams, begin, n, scalars);
             careful = denormals_were_met();
         }
     }

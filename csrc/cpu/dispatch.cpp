@@ -96,6 +96,6 @@ void choose_isa(const std::string& name) {
 
 bool made_by_intel() { return intel.load(std::memory_order_relaxed); }
 
-void set_made_by_intel(bool is) { intel.store(is, std::memory_order_relaxed); }
+void set_made_by_intel(bool value) { intel.store(value, std::memory_order_relaxed); }
 
 }  // namespace fusedstep::cpu

@@ -25,6 +25,6 @@ void choose_isa(const std::string& name);
 
 // Which of two ways is the faster one depends on who made the processor. Tests may say so of any.
 bool made_by_intel();
-void set_made_by_intel(bool is);
+void set_made_by_intel(bool value);
 
 }  // namespace fusedstep::cpu

@@ -68,8 +68,10 @@ template <Format... formats>
 using OrderOf = std::conditional_t<((formats == Format::native) || ...), Natural<F32>, OrderOfWords>;
 
 template <class Rule, Format... formats>
-constexpr FusedStep fused = {
-    rule_index<Rule>, {formats...}, FusedLoop<Rule, F32, Access<formats, OrderOf<formats...>>...>::run};
+constexpr FusedStep fused = {rule_index<Rule>,
+                             {formats...},
+                             {FusedLoop<Rule, F32, false, Access<formats, OrderOf<formats...>>...>::run,
+                              FusedLoop<Rule, F32, true, Access<formats, OrderOf<formats...>>...>::run}};
 
 constexpr FusedStep fused_steps[] = {
     fused<Adam, Format::native, Format::native, Format::signed8, Format::unsigned8>,
@@ -82,15 +84,15 @@ constexpr FusedStep fused_steps[] = {
 template <class Rule>
 constexpr StepKernel around_denormals() {
     if constexpr (F32::lanes == 1)
-        return step_loop<Rule, F32>;
+        return step_loop<Rule, F32, true>;
     else
         return step_loop_around_denormals<Rule, F32>;
 }
 
 template <class... All>
 constexpr KernelTable table_of(RuleList<All...>) {
-    const KernelTable table{{{step_loop<All, F32>, step_loop<All, F64>}...},
-                            {around_denormals<All>()...},
+    const KernelTable table{{{{step_loop<All, F32, false>, step_loop<All, F64, false>}...},
+                             {{around_denormals<All>(), step_loop<All, F64, true>}...}},
                             {},
                             fused_steps,
                             std::size(fused_steps),

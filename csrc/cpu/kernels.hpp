@@ -13,7 +13,7 @@ namespace fusedstep {
 
 using StepKernel = void (*)(void* const* streams, int64_t begin, int64_t count, const void* scalars);
 
-constexpr int blocks_side_by_side = 4;
+constexpr int blocks_side_by_side = 4;  // where that is faster than one after the other: see norm.cpp
 
 // Adding squares to the lanes of blocks, which core/norm.hpp describes.
 struct NormKernel {
@@ -27,17 +27,21 @@ struct Codec {
                    float* values);
 };
 
+using FusedKernel = void (*)(const Stream* streams, int64_t begin, int64_t count, const void* scalars, uint64_t random);
+
+// Of a step loop there are two. Intel's processors, for which the second is, are slow where they meet denormals, and
+// faster when memory is asked for before a loop gets there; AMD's are slower then.
+constexpr int makers = 2;
+
 // A step loop that is made for one combination of formats.
 struct FusedStep {
     int rule;
     Format formats[max_streams];  // native past the rule's streams
-    void (*run)(const Stream* streams, int64_t begin, int64_t count, const void* scalars, uint64_t random);
+    FusedKernel run[makers];
 };
 
 struct KernelTable {
-    StepKernel step[Rules::count][dtype_count];
-    // Of float32, for processors that are slow where they meet denormals.
-    StepKernel step_around_denormals[Rules::count];
+    StepKernel step[makers][Rules::count][dtype_count];
     Codec codec[format_count];
     const FusedStep* fused;
     int fused_count;

@@ -31,10 +31,7 @@ bool is_long(int64_t bytes) { return bytes >= least_waking_bytes; }
 
 void run(const Job& job, const Meanwhile& meanwhile) {
     const KernelTable& kernels = *chosen_isa().kernels;
-    // Intel's processors take long where they meet a denormal.
-    const StepKernel kernel = job.dtype == DType::float32 && made_by_intel()
-                                  ? kernels.step_around_denormals[job.rule]
-                                  : kernels.step[job.rule][static_cast<int>(job.dtype)];
+    const StepKernel kernel = kernels.step[made_by_intel()][job.rule][static_cast<int>(job.dtype)];
     const auto step = [&](const Tensor& tensor, int64_t begin, int64_t count) {
         if (tensor.layout == nullptr && tensor.storage == nullptr) {
             kernel(tensor.streams.data(), begin, count, tensor.scalars);

@@ -52,7 +52,7 @@ FUSEDSTEP_INLINE int elements_before_vector(const typename V::Element* from) {
 }
 
 // Updates elements [begin, begin + count) of the arrays that `streams` points to.
-template <class Rule, class V>
+template <class Rule, class V, bool fetch>
 [[gnu::noinline]] void step_loop(void* const* streams, int64_t begin, int64_t count, const void* scalars) {
     using T = typename V::Element;
     T* data[Rule::streams];
@@ -74,7 +74,7 @@ template <class Rule, class V>
             for (int u = 0; u < lines; ++u) {
                 const int64_t here = at + u * line;
 #pragma GCC unroll 8
-                for (int k = 0; k < Rule::streams; ++k) fetch_ahead<line>(data[k] + here);
+                for (int k = 0; fetch && k < Rule::streams; ++k) fetch_ahead<line>(data[k] + here);
 #pragma GCC unroll 2
                 for (int i = 0; i < line; i += V::lanes) {
                     if (u == 3)

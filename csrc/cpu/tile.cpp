@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "dispatch.hpp"
+
 namespace fusedstep::cpu {
 namespace {
 
@@ -182,11 +184,11 @@ void tiled_step(const KernelTable& kernels, const Job& job, const Tensor& tensor
         Stream memory[max_streams];
         for (int k = 0; k < rule.count; ++k) memory[k] = {tensor.streams[k], tensor.storage->extras[k]};
         const int64_t whole = count / block_elements * block_elements;
-        fused->run(memory, begin, whole, tensor.scalars, tensor.storage->random);
+        fused->run[made_by_intel()](memory, begin, whole, tensor.scalars, tensor.storage->random);
         begin += whole;
         count -= whole;
     }
-    const StepKernel kernel = kernels.step[job.rule][static_cast<int>(job.dtype)];
+    const StepKernel kernel = kernels.step[made_by_intel()][job.rule][static_cast<int>(job.dtype)];
     const TiledStream streams[max_streams] = {{job.dtype, tensor, 0},
                                               {job.dtype, tensor, 1},
                                               {job.dtype, tensor, 2},
