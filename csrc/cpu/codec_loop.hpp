@@ -77,16 +77,15 @@ public:
     FUSEDSTEP_INLINE void finish(const Scale&) const {}
 
     // The next block, and the one before.
-    FUSEDSTEP_INLINE void advance() { move(block_elements); }
+    FUSEDSTEP_INLINE void advance() {
+        move(block_elements);
+        fetch_eighth_block(items_);
+        if constexpr (has_extra) fetch_eighth_block(extras_);
+    }
     FUSEDSTEP_INLINE Elements before() const {
         Elements copy = *this;
         copy.move(-block_elements);
         return copy;
-    }
-
-    FUSEDSTEP_INLINE void fetch() const {
-        fetch_eighth_block(items_);
-        if constexpr (has_extra) fetch_eighth_block(extras_);
     }
 
 private:
@@ -195,13 +194,10 @@ public:
     FUSEDSTEP_INLINE void advance() {
         *this = Blocks(codes_ + block_elements, unit_at_ + 1);
         read_unit();
-    }
-    FUSEDSTEP_INLINE Blocks before() const { return Blocks(codes_ - block_elements, unit_at_ - 1); }
-
-    FUSEDSTEP_INLINE void fetch() const {
         fetch_eighth_block(codes_);
         fetch_ahead<1, cache_line>(unit_at_);
     }
+    FUSEDSTEP_INLINE Blocks before() const { return Blocks(codes_ - block_elements, unit_at_ - 1); }
 
 private:
     template <class, class, class>

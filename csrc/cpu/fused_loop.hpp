@@ -13,7 +13,7 @@
 
 namespace fusedstep {
 
-template <class Rule, class V, bool fetch, class... Accesses>
+template <class Rule, class V, class... Accesses>
 class FusedLoop {
 public:
     // Whole blocks: elements [begin, begin + count), both multiples of 64.
@@ -56,16 +56,9 @@ private:
                 return;
             }
             (std::get<k>(block).advance(), ...);
-            (fetch_one<k>(block), ...);
             const Block before(std::get<k>(block).before()...);
             stages<true, true>(block, states[parity ^ 1], before, scales, states[parity], scalars, all);
         }
-    }
-
-    // Where not all streams are to be fetched, those of float32 still are beside blocks, which take longer to compute.
-    template <size_t k>
-    FUSEDSTEP_INLINE static void fetch_one(const Block& block) {
-        if constexpr (fetch || (has_blocks && written_at_once[k])) std::get<k>(block).fetch();
     }
 
     template <size_t... k>

@@ -68,10 +68,8 @@ template <Format... formats>
 using OrderOf = std::conditional_t<((formats == Format::native) || ...), Natural<F32>, OrderOfWords>;
 
 template <class Rule, Format... formats>
-constexpr FusedStep fused = {rule_index<Rule>,
-                             {formats...},
-                             {FusedLoop<Rule, F32, false, Access<formats, OrderOf<formats...>>...>::run,
-                              FusedLoop<Rule, F32, true, Access<formats, OrderOf<formats...>>...>::run}};
+constexpr FusedStep fused = {
+    rule_index<Rule>, {formats...}, FusedLoop<Rule, F32, Access<formats, OrderOf<formats...>>...>::run};
 
 constexpr FusedStep fused_steps[] = {
     fused<Adam, Format::native, Format::native, Format::signed8, Format::unsigned8>,

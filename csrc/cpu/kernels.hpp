@@ -27,21 +27,17 @@ struct Codec {
                    float* values);
 };
 
-using FusedKernel = void (*)(const Stream* streams, int64_t begin, int64_t count, const void* scalars, uint64_t random);
-
-// Of a step loop there are two. Intel's processors, for which the second is, are slow where they meet denormals, and
-// faster when memory is asked for before a loop gets there; AMD's are slower then.
-constexpr int makers = 2;
-
 // A step loop that is made for one combination of formats.
 struct FusedStep {
     int rule;
     Format formats[max_streams];  // native past the rule's streams
-    FusedKernel run[makers];
+    void (*run)(const Stream* streams, int64_t begin, int64_t count, const void* scalars, uint64_t random);
 };
 
 struct KernelTable {
-    StepKernel step[makers][Rules::count][dtype_count];
+    // The second ones are for Intel's processors, which are slow where they meet denormals, and faster when memory is
+    // asked for before a loop gets there; AMD's are slower then.
+    StepKernel step[2][Rules::count][dtype_count];
     Codec codec[format_count];
     const FusedStep* fused;
     int fused_count;

@@ -184,7 +184,7 @@ void tiled_step(const KernelTable& kernels, const Job& job, const Tensor& tensor
         Stream memory[max_streams];
         for (int k = 0; k < rule.count; ++k) memory[k] = {tensor.streams[k], tensor.storage->extras[k]};
         const int64_t whole = count / block_elements * block_elements;
-        fused->run[made_by_intel()](memory, begin, whole, tensor.scalars, tensor.storage->random);
+        fused->run(memory, begin, whole, tensor.scalars, tensor.storage->random);
         begin += whole;
         count -= whole;
     }
