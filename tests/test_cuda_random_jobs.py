@@ -38,7 +38,12 @@ def native_jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stored_jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sources = ("tests/native/cuda_stored_jobs.cpp", "csrc/cpu/kernels.cpp", "csrc/cpu/tile.cpp")
+    sources = (
+        "tests/native/cuda_stored_jobs.cpp",
+        "csrc/cpu/kernels.cpp",
+        "csrc/cpu/tile.cpp",
+        "csrc/cpu/dispatch.cpp",
+    )
     return compiled(tmp_path_factory.mktemp("cuda_stored_jobs"), *sources)
 
 

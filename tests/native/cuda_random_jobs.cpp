@@ -119,7 +119,7 @@ private:
     }
 
     void step_on_cpu() {
-        const StepKernel step = scalar::kernels.step[rule_index<Rule>][sizeof(T) == 8];
+        const StepKernel step = scalar::kernels.step[0][rule_index<Rule>][sizeof(T) == 8];
         for (const Tensor& tensor : tensors_in(cpu_)) step(tensor.streams.data(), 0, tensor.size, tensor.scalars);
     }
 
@@ -204,7 +204,7 @@ bool last_chunk_of_a_huge_tensor(int64_t offset, bool alike) {
         for (int thread = 0; thread < 256; ++thread)
             cuda::step_table<Gd, T, cuda::Dense>(table, {table.chunks - 1, table.chunks, thread, 256}, cuda::Alone{});
     });
-    scalar::kernels.step[rule_index<Gd>][sizeof(T) == 8](tensors[1].streams.data(), begin, size - begin, &scalars);
+    scalar::kernels.step[0][rule_index<Gd>][sizeof(T) == 8](tensors[1].streams.data(), begin, size - begin, &scalars);
     bool same = begin > 0 && begin < size;
     for (int k = 0; k < 2; ++k) {
         const T* const last[] = {static_cast<const T*>(tensors[0].streams[k]) + (size - present),
@@ -258,7 +258,7 @@ bool tensors_far_apart(Random& random) {
     std::shuffle(tensors.begin(), tensors.end(), Random(random));
     void* streams[] = {expected[0].data(), expected[1].data(), expected[2].data(), expected[3].data()};
     const DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
-    scalar::kernels.step[rule_index<Adam>][static_cast<int>(dtype)](streams, 0, count * size, &scalars);
+    scalar::kernels.step[0][rule_index<Adam>][static_cast<int>(dtype)](streams, 0, count * size, &scalars);
     const Job job{rule_index<Adam>, dtype, tensors.data(), ends.data(), count, false};
     cuda::for_each_table<Adam, T, cuda::Dense>(job, [](const auto& table) {
         for (int thread = 0; thread < 32; ++thread)
