@@ -6,7 +6,7 @@ each setting has processes of its own, which take turns.
 """
 
 import argparse
-import datetime
+import itertools
 import json
 import os
 import statistics
@@ -70,24 +70,22 @@ def main(arguments: list[str] | None = None) -> None:
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     print(f"NumPy's BLAS is {blas['name']} {blas['version']}; {VARIABLE} is OpenBLAS's")
     cases: list[dict[str, Any]] = []
-    for rows in PRODUCTS:
-        for elements in ELEMENTS:
-            runs: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
-            for _ in range(3):
-                for name, setting in SETTINGS.items():
-                    runs[name].append(in_own_process(setting, elements, rows, args.rounds))
-            for name, timings in runs.items():
-                found = {
-                    part: statistics.median(timing[part] for timing in timings)
-                    for part in ("product", "step")
-                }
-                cases.append({"elements": elements, "rows": rows, "setting": name, **found})
-                print(
-                    f"product of {rows} x {rows} {found['product']:8.1f} us, "
-                    f"step of {elements:>9,} {found['step']:6.1f} us: {name}"
-                )
-    date = datetime.date.today().isoformat()
-    record = {"date": date, **machine.describe(), "blas": blas, "cases": cases}
+    for rows, elements in itertools.product(PRODUCTS, ELEMENTS):
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
+        for _ in range(3):
+            for name, setting in SETTINGS.items():
+                runs[name].append(in_own_process(setting, elements, rows, args.rounds))
+        for name, timings in runs.items():
+            found = {
+                part: statistics.median(timing[part] for timing in timings)
+                for part in ("product", "step")
+            }
+            cases.append({"elements": elements, "rows": rows, "setting": name, **found})
+            print(
+                f"product of {rows} x {rows} {found['product']:8.1f} us, "
+                f"step of {elements:>9,} {found['step']:6.1f} us: {name}"
+            )
+    record = {**machine.describe(), "blas": blas, "cases": cases}
     print(f"wrote {machine.write_record(args.output, 'beside_blas', record['cpu'], record)}")
 
 

@@ -1,6 +1,5 @@
 """The benchmark on a GPU: CuPy arrays, peers on the same, the device's own copy as the limit."""
 
-import datetime
 import gc
 import importlib
 import statistics
@@ -332,7 +331,6 @@ def describe(cupy: Any) -> dict[str, Any]:
 def run(cupy: Any, clock: Clock, quick: bool, wanted: list[str] | None, say: Any) -> dict[str, Any]:
     """Return the record."""
     record: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
         **machine.describe(),
         **describe(cupy),
         "peers": {},

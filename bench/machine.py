@@ -1,6 +1,7 @@
 """What the figures were measured on and with."""
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ PACKAGES = (
 
 
 def require(parser: argparse.ArgumentParser, packages: Mapping[str, str]) -> None:
-    """End the program where a module is missing, which has the name of its package beside it."""
+    """End the program where one of these modules is missing; each has what pip installs it by."""
     missing = [package for module, package in packages.items() if find_spec(module) is None]
     if missing:
         parser.error(f"not installed: {', '.join(missing)} (pip install {' '.join(missing)})")
@@ -90,6 +91,7 @@ def describe() -> dict[str, Any]:
             versions[package] = None
     config = _core.config()
     return {
+        "date": datetime.date.today().isoformat(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

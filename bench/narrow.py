@@ -5,7 +5,6 @@ same values in one process. A peer that does not change its parameters is not ti
 """
 
 import argparse
-import datetime
 import importlib
 import warnings
 from collections.abc import Callable
@@ -151,8 +150,7 @@ def main() -> None:
                 f"{elements:>11,} {contender} / {other}: {measured:.2f} "
                 f"(at least {factor}) {'met' if measured >= factor else 'NOT MET'}"
             )
-    date = datetime.date.today().isoformat()
-    record = {"date": date, **machine.describe(), "cases": cases, "requirements": rows}
+    record = {**machine.describe(), "cases": cases, "requirements": rows}
     print(f"wrote {machine.write_record(args.output, 'narrow', record['cpu'], record)}")
 
 

@@ -1,7 +1,6 @@
 """The benchmark: measure, compare with what is required, write JSON and pictures."""
 
 import argparse
-import datetime
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
         return main_cuda(args, console.print)
     if args.threads is not None:
         fs.set_num_threads(args.threads)
-    record: dict[str, Any] = {"date": datetime.date.today().isoformat(), **machine.describe()}
+    record: dict[str, Any] = machine.describe()
     console.print(f"{record['cpu']}, {record['threads']} threads, {record['isa']}")
 
     # First, because some peers' libraries make malloc keep what is freed, which hides growth.

@@ -5,7 +5,6 @@ bfloat16, each stepping tensors of equal values in one process.
 """
 
 import argparse
-import datetime
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -100,9 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             met = "met" if row["met"] else "MISSED"
             print(f"    {row['claim']}: {row['measured']:.2f} (at least {row['required']:g}) {met}")
             rows.append(row)
-    date = datetime.date.today().isoformat()
     record = {
-        "date": date,
         **machine.describe(),
         "torch_threads": torch.get_num_threads(),
         "cases": cases,

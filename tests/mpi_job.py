@@ -131,7 +131,7 @@ def many():
 
 def lose_a_rank(how):
     """Lose the last rank, by default in the middle of training; the others must not hang."""
-    COMM.Barrier()  # without a rank that is lost before all have started MPI ends the job itself
+    COMM.Barrier()  # MPI itself ends a job that loses a rank before all have started
     if how == "raised at the start" and RANK == SIZE - 1:
         report(time.time(), rank=RANK)
         raise ArithmeticError("a bug of the user")

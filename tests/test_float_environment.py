@@ -46,9 +46,7 @@ MACHINES = {
     "x86_64": Machine(
         0x1F80, {"flush to zero": 0x8000, "denormals are zero": 0x0040}, 0x400, 0x800, 0xC00, 3
     ),
-    "aarch64": Machine(
-        0, {"flush to zero": 1 << 24, "float16 flushes": 1 << 19}, 2 << 22, 1 << 22, 3 << 22, 0
-    ),
+    "aarch64": Machine(0, {"flush to zero": 1 << 24}, 2 << 22, 1 << 22, 3 << 22, 0),
 }
 MACHINE = MACHINES.get(platform.machine(), MACHINES["x86_64"])
 BOTH = sum(MACHINE.flush.values())
@@ -125,7 +123,6 @@ def test_settings_of_the_caller(fenv, isa, setting, step, size, threads):
         step(expected)
         fenv.set_rounding(rounding)
         fenv.set_control(wanted)
-        wanted = fenv.get_control()  # without the bits that this processor does not have
         try:
             step(results)
             after = fenv.get_control()

@@ -73,8 +73,10 @@ template <class Rule, class V, bool fetch>
 #pragma GCC unroll 4
             for (int u = 0; u < lines; ++u) {
                 const int64_t here = at + u * line;
+                if constexpr (fetch) {
 #pragma GCC unroll 8
-                for (int k = 0; fetch && k < Rule::streams; ++k) fetch_ahead<line>(data[k] + here);
+                    for (int k = 0; k < Rule::streams; ++k) fetch_ahead<line>(data[k] + here);
+                }
 #pragma GCC unroll 2
                 for (int i = 0; i < line; i += V::lanes) {
                     if (u == 3)
